@@ -1,0 +1,88 @@
+# Everything here works on a fresh clone: Python 3.11 or newer, make, git, and a package registry.
+# Two environments, because DeltaGlider 6.2.0 pins cryptography<45 and dg-cached is faster on 50:
+#   .venv               the project, editable, and its tools; the daemon of demo and tests runs here
+#   .venv-deltaglider   what a user of DeltaGlider has: deltaglider==6.2.0 and the same clone
+
+PYTHON ?= python3
+SIZE   ?= 100
+
+# what builds the editable install; in the environment itself, so that nothing else is fetched for it
+BUILD := pip hatchling editables
+PIP   := -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint proto environments constraints python xdelta3 clean
+
+# Another Python, or a clone that was moved, makes the environments anew.
+IDENTITY := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (sys.version_info[0], sys.version_info[1], zlib.crc32((sys.executable + "$(CURDIR)").encode()) & 0xffffffff))' 2>/dev/null)
+
+PROJECT     := .venv/ready-$(IDENTITY)
+DELTAGLIDER := .venv-deltaglider/ready-$(IDENTITY)
+
+help:
+	@echo "make demo [SIZE=100]   DeltaGlider with and without dg-cached, on five archives of SIZE MB"
+	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
+	@echo "make lint              ruff and mypy"
+	@echo "make proto             generate the stubs from proto/"
+	@echo "make constraints       resolve the pinned versions in constraints/ anew"
+	@echo "make clean             remove both environments"
+	@echo
+	@echo "PYTHON=python3.13 make ...   with another Python than python3 (3.11 or newer)"
+
+demo: environments xdelta3
+	@.venv/bin/python -m benchmarks.demo --size $(SIZE)
+
+test: environments xdelta3
+	@.venv/bin/python -m pytest -n auto $(ARGS)
+
+lint: $(PROJECT)
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/mypy -p benchmarks
+
+proto: $(PROJECT)
+	.venv/bin/python -m grpc_tools.protoc -I proto \
+		--plugin=protoc-gen-mypy=.venv/bin/protoc-gen-mypy \
+		--plugin=protoc-gen-mypy_grpc=.venv/bin/protoc-gen-mypy_grpc \
+		--python_out=proto --mypy_out=proto --grpc_python_out=proto --mypy_grpc_out=proto \
+		proto/dgcache_proto/v1/dgcache.proto
+
+environments: $(PROJECT) $(DELTAGLIDER)
+
+# $(1) the environment, $(2) its constraints, $(3) what goes into it
+define install
+	@echo "$(1): installing, once; this takes a minute or two"
+	@test -e $@ || $(PYTHON) -m venv --clear $(1)
+	@$(1)/bin/python $(PIP) install --quiet --upgrade -c $(2) $(BUILD)
+	@$(1)/bin/python $(PIP) install --quiet --no-build-isolation -c $(2) $(3)
+	@touch $@
+endef
+
+$(PROJECT): pyproject.toml constraints/project.txt | python
+	$(call install,.venv,constraints/project.txt,--group dev -e .)
+
+$(DELTAGLIDER): pyproject.toml constraints/deltaglider.txt | python
+	$(call install,.venv-deltaglider,constraints/deltaglider.txt,--group deltaglider -e .)
+
+constraints: | python
+	@for name in project:dev deltaglider:deltaglider; do \
+		set -e; environment=$$(mktemp -d); $(PYTHON) -m venv $$environment; \
+		$$environment/bin/python $(PIP) install --quiet --upgrade $(BUILD); \
+		$$environment/bin/python $(PIP) install --quiet --no-build-isolation --group $${name#*:} -e .; \
+		{ echo "# made by: make constraints"; \
+		  $$environment/bin/python $(PIP) freeze --all --exclude-editable \
+			| grep -v -e '^-' -e '^#' -e '^$$' -e '^setuptools=='; \
+		} > constraints/$${name%:*}.txt; \
+		rm -rf $$environment; \
+	done
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "dg-cached needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name one that is: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+
+xdelta3: | python
+	@$(PYTHON) -m benchmarks.xdelta3
+
+clean:
+	rm -rf .venv .venv-deltaglider

@@ -1,0 +1,55 @@
+"""What a run of DeltaGlider can leave outside the clone: its directory in /tmp.
+
+DeltaGlider 6.2.0 makes `/tmp/deltaglider-…` whatever TMPDIR says, and removes it when it exits as it
+should; one that is killed leaves it, with whatever reference was in it.
+
+Such a directory may as well belong to another DeltaGlider of this user that is running now. Whoever
+owns one has loaded cryptography before it made it, so a directory is an orphan only where no process
+that has is alive. dg-cached has too, but it is no DeltaGlider.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_DIRECTORY = Path("/tmp")  # noqa: S108 - DeltaGlider's own choice
+_OWNERS_MARK = b"/cryptography/hazmat/bindings/_rust"
+
+
+def deltaglider_directories() -> frozenset[Path]:
+    """Return the directories in /tmp that some DeltaGlider of this user made."""
+    return frozenset(
+        path
+        for path in _DIRECTORY.glob("deltaglider-*")
+        if path.lstat().st_uid == os.geteuid() and not path.is_symlink()
+    )
+
+
+def remove_orphans(before: frozenset[Path]) -> tuple[list[Path], list[Path]]:
+    """Remove the directories that are new and nobody's.
+
+    Args:
+        before: those that were there before; they are left alone.
+
+    Returns:
+        What was removed, and what is left because a living process may own it.
+    """
+    fresh = sorted(deltaglider_directories() - before)
+    if fresh and any(_possible_owners()):
+        return [], fresh
+    for path in fresh:
+        shutil.rmtree(path, ignore_errors=True)
+    return fresh, []
+
+
+def _possible_owners() -> Iterator[Path]:
+    for process in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or, as dg-cached, it lets nobody look
+            if (
+                process.stat().st_uid == os.geteuid()
+                and (process / "comm").read_bytes() != b"dg-cached\n"
+                and _OWNERS_MARK in (process / "maps").read_bytes()
+            ):
+                yield process

@@ -1,0 +1,176 @@
+"""Run one program, bounded, measured, and gone when this returns or raises.
+
+A signal never raises in the middle of something: `Interruption` notes it, and whoever waits or works
+in steps asks. A child is a process group of its own, so that Ctrl-C reaches us alone and we end what
+we started, by its id, in order: SIGINT, which lets DeltaGlider remove its directory in /tmp, then
+SIGKILL.
+
+Peak memory is wait4(2)'s ru_maxrss: the largest resident set among the child and those it waited for
+(xdelta3). The kernel starts that mark at what we held at exec(2), so this process must stay smaller
+than what it measures: files are read in blocks here.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+KIBIBYTE = 1 << 10
+INTERRUPT_SECONDS = 15.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+class ProcessFailedError(Exception):
+    """A program ended with an error or took too long; the message holds its last words."""
+
+
+class Interruption:
+    """SIGINT, SIGTERM and SIGHUP as something to ask and to wait for, inside a `with` block."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._receiver = self._sender = -1
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        """Take over the signals."""
+        self._receiver, self._sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed: what signal() gave
+        os.close(self._receiver)
+        os.close(self._sender)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once a signal came."""
+        return self._receiver
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self._number:
+            raise Interrupted(self._number)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if not self._number:
+            self._number = number
+            os.write(self._sender, b"!")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one program took."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: Path,
+    log: Path,
+    seconds: float,
+    interruption: Interruption,
+) -> Measured:
+    """Run a program to its end and return what it took.
+
+    Args:
+        command: program and arguments.
+        environment: its whole environment.
+        directory: where it runs.
+        log: file for its output, written anew.
+        seconds: how long it may take.
+        interruption: what ends it early.
+
+    Raises:
+        ProcessFailedError: it ended with another status than 0, or did not end in time.
+        Interrupted: a signal came; the program and its children are gone.
+    """
+    with log.open("wb") as output:
+        interruption.check()
+        start = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    with _ended_at_last(process), _pidfd(process) as ended:
+        ready, _, _ = select.select([ended, interruption], [], [], seconds)
+        took = time.monotonic() - start
+        interruption.check()
+        if ended not in ready:
+            raise ProcessFailedError(f"{_shown(command)} did not end within {seconds:.0f} s")
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise ProcessFailedError(
+            f"{_shown(command)} ended with status {process.returncode}: {last_words(log)}"
+        )
+    return Measured(took, usage.ru_maxrss * KIBIBYTE)
+
+
+def last_words(log: Path) -> str:
+    """Return the end of a log."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+        return file.read().decode(errors="replace").strip()
+
+
+@contextlib.contextmanager
+def _pidfd(process: "subprocess.Popen[bytes]") -> Iterator[int]:
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _ended_at_last(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """End the process group of a child that is still there.
+
+    The child is not waited for before the last signal, so that its id, the group's, stays ours.
+    """
+    try:
+        yield
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with _pidfd(process) as ended:
+                select.select([ended], [], [], INTERRUPT_SECONDS)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _shown(command: Sequence[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:]])

@@ -1,0 +1,540 @@
+"""`ReferenceCache`: the daemon while it can be used, the in-process cache when it cannot.
+
+The cache never fails the user's operation. An answer about the reference itself (a miss, a failed
+check, a wrong argument) is passed on; anything about the daemon (absent, refused, stalled, killed in
+mid-call, full) makes the same operation run on the in-process cache. A daemon that was lost is looked
+for again, after a pause that doubles up to a minute.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dgcache.backends import Backend
+from dgcache.local import LocalBackend, make_local
+from dgcache.reference import Reference, sha256_of_descriptor
+from dgcache.report import logger, report_fallback, report_fetch, report_hit
+from dgcache.session import Session
+from dgcache.settings import Settings
+from dgcache.sources import PIECE_BYTES, Source, StoreSource, opened, pieces
+from dgcache_core.errors import (
+    CacheCorruptionError,
+    CacheError,
+    CacheFullError,
+    CacheMissError,
+    CacheRefusedError,
+    CacheUnavailableError,
+    InvalidReferenceError,
+)
+from dgcache_core.handouts import Handout
+from dgcache_core.references import Deltaspace, Sha256, parse_sha256
+from dgcache_core.sealed_files import create_memory_file, open_again, seal, write_at
+from dgcache_core.store import EntryInfo, Freed
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_MAX_SPOOL_BYTES = 16 << 30
+
+_ABOUT_THE_DAEMON = (CacheUnavailableError, CacheRefusedError, CacheFullError)
+_DAEMON_LOST = (CacheUnavailableError, CacheRefusedError)
+
+
+class ReferenceCache:
+    """A cache of references. Thread-safe; usable after fork; a context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Look for the daemon once; see `dgcache.open`."""
+        self._settings = settings
+        self._closed = False
+        self._begin_anew(may_use_daemon=True)
+        _open_caches.add(self)
+        self._daemon()
+
+    # -- what users call -----------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """What serves now: "dg-cached", "memory", or "filesystem"."""
+        daemon = self._remote
+        return daemon.name if daemon is not None else self._local_name
+
+    def get(self, bucket: str, prefix: str, sha256: str, verify: bool = False) -> Reference:
+        """Return the reference whose bytes have this digest. Close it when you are done.
+
+        Args:
+            bucket: 1 to 255 bytes of UTF-8.
+            prefix: at most 1024 bytes of UTF-8; may be empty.
+            sha256: 64 hexadecimal digits.
+            verify: hash all bytes here once more. (Every chunk was authenticated anyway.)
+
+        Raises:
+            CacheMissError: it is not here; `reason` says why. Fetch it and `put` it.
+            CacheCorruptionError: a check failed; the entry is gone. Fetch it again.
+            CacheFullError: even the in-process cache has no room for its plaintext.
+            InvalidReferenceError: an argument is not what it must be.
+        """
+        deltaspace, digest = Deltaspace(bucket, prefix), parse_sha256(sha256)
+        started = time.monotonic()
+        reference = self._look_up(deltaspace, digest)
+        if verify:
+            try:
+                reference.verify()
+            except CacheCorruptionError:
+                reference.close()
+                raise
+        if self._settings.report:
+            report_hit(reference.source, reference.size, time.monotonic() - started)
+        return reference
+
+    def put(
+        self, bucket: str, prefix: str, source: StoreSource, sha256: str | None = None
+    ) -> str:
+        """Store a reference and return its digest.
+
+        Args:
+            bucket: as `get`.
+            prefix: as `get`.
+            source: a path, a binary file object (from its position on), a descriptor, or bytes.
+            sha256: what the digest must be, if known.
+
+        Raises:
+            InvalidReferenceError: the digest differs, the source cannot be read, or it changed
+                meanwhile. Nothing is stored.
+            CacheFullError: it is too large for every cache there is.
+        """
+        deltaspace = Deltaspace(bucket, prefix)
+        expected = parse_sha256(sha256) if sha256 is not None else None
+        with opened(source, _MAX_SPOOL_BYTES) as opened_source:
+            return self._store(deltaspace, opened_source, expected)[0]
+
+    def has(self, bucket: str, prefix: str, sha256: str) -> bool:
+        """Tell whether `get` would find it now. Counts as no use.
+
+        Raises:
+            InvalidReferenceError: an argument is not what it must be.
+        """
+        deltaspace, digest = Deltaspace(bucket, prefix), parse_sha256(sha256)
+        on_daemon = self._try_daemon(lambda daemon: daemon.miss_reason(deltaspace, digest) is None)
+        if on_daemon is True:
+            return True
+        local = self._existing_local()
+        return local is not None and local.miss_reason(deltaspace, digest) is None
+
+    def get_or_fetch(
+        self, bucket: str, prefix: str, sha256: str, fetch: Callable[[], StoreSource]
+    ) -> Reference:
+        """Return the reference, from the cache or else from `fetch`, and keep it for the next.
+
+        Args:
+            bucket: as `get`.
+            prefix: as `get`.
+            sha256: as `get`.
+            fetch: returns what `put` takes; a file object is closed here. Its errors pass through.
+
+        Raises:
+            InvalidReferenceError: an argument is wrong, or what was fetched has another digest.
+        """
+        try:
+            return self.get(bucket, prefix, sha256)
+        except (CacheMissError, CacheCorruptionError, CacheFullError):
+            pass
+        deltaspace, digest = Deltaspace(bucket, prefix), parse_sha256(sha256)
+        started = time.monotonic()
+        fetched = fetch()
+        with ExitStack() as stack:
+            if hasattr(fetched, "close"):
+                stack.callback(fetched.close)
+            return self.adopt(deltaspace, digest, fetched, started=started)
+
+    def evict(self, bucket: str, prefix: str) -> Freed:
+        """Forget a deltaspace; references that serve no other are freed.
+
+        Raises:
+            InvalidReferenceError: an argument is not what it must be.
+        """
+        deltaspace = Deltaspace(bucket, prefix)
+        return self._on_both(lambda backend: backend.evict(deltaspace))
+
+    def clear(self) -> Freed:
+        """Free every entry, the daemon's too. References that are open stay valid."""
+        return self._on_both(lambda backend: backend.clear())
+
+    def forget(self) -> Freed:
+        """Free the in-process cache only; the daemon's entries are other processes' as well."""
+        local = self._existing_local()
+        return local.clear() if local is not None else Freed()
+
+    def entries(self) -> list[EntryInfo]:
+        """Return every entry, most recently used first."""
+        daemon_entries = self._try_daemon(lambda daemon: daemon.entries())
+        if daemon_entries is not None:
+            return daemon_entries
+        local = self._existing_local()
+        return local.entries() if local is not None else []
+
+    def status(self) -> dict[str, Any]:
+        """Return figures, ready for JSON; `backend` says whose they are. Sizes are in bytes."""
+        daemon_status = self._try_daemon(lambda daemon: daemon.status())
+        if daemon_status is not None:
+            return {"backend": "dg-cached", **daemon_status}
+        local = self._existing_local()
+        return {"backend": self.backend, "store": local.status() if local is not None else None}
+
+    def close(self) -> None:
+        """End the session and free the in-process cache. Open references stay valid."""
+        with self._lock:
+            remote, self._remote = self._remote, None
+            local, self._local = self._local, None
+            self._closed = True
+        for backend in (remote, local):
+            if backend is not None:
+                backend.close()
+
+    def __enter__(self) -> "ReferenceCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ReferenceCache {'closed' if self._closed else self.backend}>"
+
+    # -- for adapters --------------------------------------------------------------------------
+
+    def adopt(
+        self,
+        deltaspace: Deltaspace,
+        sha256: Sha256,
+        fetched: StoreSource,
+        *,
+        size: int | None = None,
+        started: float | None = None,
+    ) -> Reference:
+        """Return fetched bytes as a reference and keep them where there is room.
+
+        The bytes go into a sealed memory file of this process and, at the same time where their
+        size is known, into the cache; so nothing that happens to the cache can lose them.
+
+        Args:
+            deltaspace: where they belong.
+            sha256: what their digest must be.
+            fetched: what `put` takes.
+            size: the length of a stream, in bytes, if known.
+            started: when the fetch began (time.monotonic), for the report.
+
+        Raises:
+            InvalidReferenceError: the digest is another.
+        """
+        started = time.monotonic() if started is None else started
+        with self._tee(deltaspace, sha256, size) as (memory_file, mirror):
+            length = 0
+            for piece in _pieces_of(fetched):
+                write_at(memory_file, piece, length)
+                mirror.write(piece)
+                length += len(piece)
+            stored_in = mirror.commit()
+            if stored_in is None:
+                digest = sha256_of_descriptor(memory_file, length)
+                if digest != sha256:
+                    raise InvalidReferenceError(
+                        f"SHA-256 mismatch: {sha256} was asked for, the fetched bytes have {digest}"
+                    )
+            seal(memory_file)
+            reference = Reference(
+                Handout(open_again(memory_file), length, sha256), source="fetched"
+            )
+        if stored_in is None:
+            try:
+                _, stored_in = self._store_reference(deltaspace, reference)
+            except CacheError as error:
+                logger.debug("the fetched reference could not be kept: %s", error)
+        if self._settings.report:
+            report_fetch(reference.size, time.monotonic() - started, stored_in)
+        return reference
+
+    def keep(self, deltaspace: Deltaspace, path: Path) -> Reference:
+        """Store a file and return it as a reference; where no cache can keep it, as a private copy.
+
+        Raises:
+            InvalidReferenceError: the file cannot be read.
+        """
+        with opened(path, _MAX_SPOOL_BYTES) as source:
+            try:
+                digest, _ = self._store(deltaspace, source, None)
+                return self._look_up(deltaspace, digest)
+            except (CacheMissError, CacheFullError, CacheCorruptionError) as error:
+                logger.debug("%s is not cached: %s", path, error)
+            return _private_copy(source)
+
+    # -- choosing a backend --------------------------------------------------------------------
+
+    def _begin_anew(self, *, may_use_daemon: bool) -> None:
+        """Forget every resource; also in a forked child, where none of them is ours."""
+        chosen = self._settings
+        self._lock = threading.Lock()
+        self._remote: Any = None
+        self._local: LocalBackend | None = None
+        self._local_name = "filesystem" if chosen.backend == "filesystem" else "memory"
+        self._daemon_wanted = (
+            may_use_daemon
+            and chosen.backend == "dg-cached"
+            and not chosen.ephemeral
+            and not chosen.no_cache
+        )
+        self._look_again_at = 0.0
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._fallback_reported = False
+
+    def _daemon(self) -> Any:
+        """Return the daemon's backend, or None where it cannot be used now."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this cache is closed")
+            if self._remote is not None or not self._daemon_wanted:
+                return self._remote
+            if time.monotonic() < self._look_again_at:
+                return None
+            try:
+                self._remote = _connect(self._settings)
+            except CacheError as error:
+                self._pause(error)
+                return None
+            self._pause_seconds = _FIRST_PAUSE_SECONDS
+            return self._remote
+
+    def _lose_daemon(self, daemon: Any, error: CacheError) -> None:
+        with self._lock:
+            if self._remote is not daemon:
+                return
+            self._remote = None
+            self._pause(error)
+        daemon.close()
+
+    def _pause(self, error: CacheError) -> None:
+        self._look_again_at = time.monotonic() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+        if not self._fallback_reported:
+            self._fallback_reported = True
+            report_fallback(error, self._settings.socket_dir, os.environ)
+
+    def _try_daemon(self, operation: Callable[[Any], T]) -> T | None:
+        """Run an operation on the daemon; None where it cannot be done there."""
+        daemon = self._daemon()
+        if daemon is None:
+            return None
+        try:
+            return operation(daemon)
+        except _DAEMON_LOST as error:
+            self._lose_daemon(daemon, error)
+        except CacheFullError as error:
+            logger.debug("the daemon has no room: %s", error)
+        return None
+
+    def _existing_local(self) -> LocalBackend | None:
+        with self._lock:
+            return self._local
+
+    def _local_backend(self) -> LocalBackend:
+        with self._lock:
+            if self._closed:
+                raise ValueError("this cache is closed")
+            if self._local is None:
+                self._local, problem = make_local(self._settings)
+                self._local_name = self._local.name
+                if problem is not None:
+                    logger.warning("using memory instead of files: %s", problem)
+            return self._local
+
+    # -- operations on whichever backend -----------------------------------------------------------
+
+    def _look_up(self, deltaspace: Deltaspace, sha256: Sha256) -> Reference:
+        miss: CacheMissError | None = None
+        try:
+            handout = self._try_daemon(lambda daemon: daemon.get(deltaspace, sha256))
+            if handout is not None:
+                return Reference(handout, source="dg-cached")
+        except CacheMissError as error:
+            miss = error
+        local = self._existing_local()
+        if local is None:
+            raise miss or CacheMissError(f"no reference {sha256} for {deltaspace}: unknown")
+        try:
+            handout = local.get(deltaspace, sha256)
+        except CacheMissError as error:
+            raise (miss or error) from None
+        return Reference(handout, source=local.name, on_close=_sweeper(local))
+
+    def _store(
+        self, deltaspace: Deltaspace, source: Source, expected: Sha256 | None
+    ) -> tuple[Sha256, str]:
+        """Return the digest and the name of the backend that keeps it."""
+        if self._settings.no_cache:
+            return _only_hash(source, expected), "nothing"
+        stored = self._try_daemon(lambda daemon: daemon.put(deltaspace, source, expected))
+        if stored is not None:
+            return stored, "dg-cached"
+        local = self._local_backend()
+        return local.put(deltaspace, source, expected), local.name
+
+    def _store_reference(
+        self, deltaspace: Deltaspace, reference: Reference
+    ) -> tuple[Sha256, str | None]:
+        with opened(reference.fd, _MAX_SPOOL_BYTES) as source:
+            digest, where = self._store(deltaspace, source, Sha256(reference.sha256))
+        return digest, None if where == "nothing" else where
+
+    def _on_both(self, operation: Callable[[Backend], Freed]) -> Freed:
+        freed = [self._try_daemon(operation)]
+        local = self._existing_local()
+        if local is not None:
+            freed.append(operation(local))
+        done = [one for one in freed if one is not None]
+        return Freed(sum(one.entries for one in done), sum(one.bytes for one in done))
+
+    @contextmanager
+    def _tee(
+        self, deltaspace: Deltaspace, sha256: Sha256, size: int | None
+    ) -> Iterator[tuple[int, "_Mirror"]]:
+        memory_file = create_memory_file()
+        mirror = _Mirror(self, None, None)
+        if size is not None and not self._settings.no_cache:
+            daemon = self._daemon()
+            begun = self._try_daemon(lambda daemon: daemon.begin(deltaspace, size, sha256))
+            mirror = _Mirror(self, daemon, begun)
+        try:
+            yield memory_file, mirror
+        finally:
+            mirror.abandon()
+            os.close(memory_file)
+
+
+class _Mirror:
+    """The copy of a fetch that goes to the daemon meanwhile; any failure only ends the copying."""
+
+    def __init__(self, cache: ReferenceCache, daemon: Any, deposit: Any) -> None:
+        self._cache = cache
+        self._daemon = daemon
+        self._deposit = deposit
+
+    def write(self, piece: memoryview) -> None:
+        if self._deposit is not None:
+            self._guarded(lambda deposit: deposit.write(piece))
+
+    def commit(self) -> str | None:
+        """Return "dg-cached" if the daemon keeps the whole reference, else None."""
+        deposit = self._deposit
+        committed = self._guarded(lambda deposit: deposit.commit()) if deposit else None
+        self._deposit = None
+        return "dg-cached" if committed is not None else None
+
+    def abandon(self) -> None:
+        if self._deposit is not None:
+            deposit, self._deposit = self._deposit, None
+            deposit.abort()
+
+    def _guarded(self, operation: Callable[[Any], T]) -> T | None:
+        deposit = self._deposit
+        try:
+            return operation(deposit)
+        except _DAEMON_LOST as error:
+            self._deposit = None
+            self._cache._lose_daemon(self._daemon, error)
+        except CacheError as error:  # size or digest differ: judged again over our own copy
+            self._deposit = None
+            logger.debug("the daemon did not keep the reference: %s", error)
+        return None
+
+
+def _private_copy(source: Source) -> Reference:
+    """Return the source as a sealed memory file of this process alone."""
+    source.rewind()
+    memory_file = create_memory_file()
+    try:
+        length = 0
+        for piece in _read_pieces(source):
+            write_at(memory_file, piece, length)
+            length += len(piece)
+        seal(memory_file)
+        digest = sha256_of_descriptor(memory_file, length)
+        return Reference(Handout(open_again(memory_file), length, digest), source="copied")
+    finally:
+        os.close(memory_file)
+
+
+def _read_pieces(source: Source) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    while count := source.read_into(buffer):
+        yield buffer[:count]
+
+
+def _connect(settings: Settings) -> Any:
+    session = Session.connect(
+        settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000
+    )
+    from dgcache.remote import DaemonBackend  # grpc is loaded only now that there is a daemon
+
+    return DaemonBackend(session)
+
+
+def _sweeper(local: LocalBackend) -> Callable[[], None]:
+    """Let the store see at once that a reference was closed, without keeping the store alive."""
+    weak = weakref.ref(local)
+
+    def sweep() -> None:
+        backend = weak()
+        if backend is not None:
+            backend.sweep()
+
+    return sweep
+
+
+def _pieces_of(fetched: StoreSource) -> Iterator[memoryview]:
+    if hasattr(fetched, "read"):
+        yield from pieces(fetched)
+        return
+    with opened(fetched, _MAX_SPOOL_BYTES) as source:
+        yield from _read_pieces(source)
+
+
+def _only_hash(source: Source, expected: Sha256 | None) -> Sha256:
+    digest = hashlib.sha256()
+    for piece in _read_pieces(source):
+        digest.update(piece)
+    found = Sha256(digest.hexdigest())
+    if expected is not None and found != expected:
+        raise InvalidReferenceError(
+            f"SHA-256 mismatch: {expected} was declared, the bytes have {found}"
+        )
+    return found
+
+
+_open_caches: "weakref.WeakSet[ReferenceCache]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Give every cache of the child a life of its own; what is the parent's is only closed.
+
+    grpc cannot be used in a child of a process that used it, so such a child falls back.
+    """
+    grpc_loaded = "grpc" in sys.modules
+    for cache in _open_caches:
+        remote = cache._remote
+        cache._begin_anew(may_use_daemon=not grpc_loaded)
+        if remote is not None:
+            remote._session.close()
+            logger.warning(
+                "using the in-process cache: this process was forked from one that uses dg-cached; "
+                "start it with multiprocessing's spawn or forkserver to share the warm cache"
+            )
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,284 @@
+"""The daemon as a backend: gRPC calls on rpc.sock, descriptors on the session.
+
+grpc is imported when the first call is made. Every call has a deadline, so that a stopped daemon
+costs its budget and no more.
+"""
+
+import itertools
+import os
+import select
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+
+from dgcache.session import Session
+from dgcache.sources import Source
+from dgcache_core.errors import (
+    CacheCorruptionError,
+    CacheError,
+    CacheFullError,
+    CacheMissError,
+    CacheRefusedError,
+    CacheUnavailableError,
+    InvalidReferenceError,
+    MissReason,
+)
+from dgcache_core.handouts import Handout
+from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.runtime_directory import RPC_SOCKET
+from dgcache_core.sealed_files import require_sealed
+from dgcache_core.store import EntryInfo, Freed
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcache_proto.v1 import dgcache_pb2_grpc
+
+M = TypeVar("M")
+
+_LOOKUP_SECONDS = 10.0
+_COMMIT_SECONDS = 10.0
+_SHORT_SECONDS = 2.0
+_PIPE_STALL_SECONDS = 5.0
+_DESCRIPTOR_SECONDS = 1.0
+
+_ERRORS: dict[grpc.StatusCode, type[CacheError]] = {
+    grpc.StatusCode.DATA_LOSS: CacheCorruptionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: CacheFullError,
+    grpc.StatusCode.PERMISSION_DENIED: CacheRefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: CacheRefusedError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidReferenceError,
+}
+
+_CHANNEL_OPTIONS = [
+    # the target names a descriptor by number, which another cache of this process may get later
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.default_authority", "localhost"),
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 100),
+]
+
+
+class DaemonBackend:
+    """Implements `Backend` over one session."""
+
+    name = "dg-cached"
+
+    def __init__(self, session: Session) -> None:
+        """Take over the session."""
+        self._session = session
+        self._request_ids = itertools.count(1)
+        self._channel = grpc.insecure_channel(
+            f"unix:/proc/self/fd/{session.directory_fd}/{RPC_SOCKET}", options=_CHANNEL_OPTIONS
+        )
+        self._stub = dgcache_pb2_grpc.ReferenceCacheStub(self._channel)
+        self._metadata = (("dg-session", session.hello.session_id.hex()),)
+        self.max_entry_bytes = session.hello.limits.max_entry_bytes
+
+    def get(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
+        """See `Backend`. The descriptor's seals and size are checked here once more."""
+        request_id = next(self._request_ids)
+        request = pb.LookupRequest(
+            request_id=request_id, deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256)
+        )
+        size = self._call(self._stub.Lookup, request, _LOOKUP_SECONDS).size
+        fd = self._session.take_descriptor(request_id, _DESCRIPTOR_SECONDS)
+        try:
+            require_sealed(fd, size)
+        except CacheError:
+            os.close(fd)
+            raise
+        return Handout(fd, size, sha256)
+
+    def put(self, deltaspace: Deltaspace, source: Source, expected: Sha256 | None) -> Sha256:
+        """See `Backend`."""
+        source.rewind()
+        deposit = self.begin(deltaspace, source.size, expected)
+        try:
+            deposit.pour(source)
+            source.require_unchanged()
+        except CacheError:
+            deposit.abort()
+            raise
+        return deposit.commit()
+
+    def begin(self, deltaspace: Deltaspace, size: int, expected: Sha256 | None) -> "RemoteDeposit":
+        """Open a deposit for exactly `size` bytes."""
+        request_id = next(self._request_ids)
+        request = pb.BeginStoreRequest(
+            request_id=request_id,
+            deltaspace=_message(deltaspace),
+            size=size,
+            expected_sha256=bytes.fromhex(expected or ""),
+        )
+        self._call(self._stub.BeginStore, request, _SHORT_SECONDS)
+        write_end = self._session.take_descriptor(request_id, _DESCRIPTOR_SECONDS)
+        return RemoteDeposit(self, request_id, write_end)
+
+    def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
+        """See `Backend`."""
+        request = pb.ContainsRequest(
+            deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256)
+        )
+        answer = self._call(self._stub.Contains, request, _SHORT_SECONDS)
+        return None if answer.contained else _miss_reason(answer.miss_reason)
+
+    def evict(self, deltaspace: Deltaspace) -> Freed:
+        """See `Backend`."""
+        request = pb.EvictRequest(deltaspace=_message(deltaspace))
+        answer = self._call(self._stub.Evict, request, _SHORT_SECONDS)
+        return Freed(answer.freed_entries, answer.freed_bytes)
+
+    def clear(self) -> Freed:
+        """See `Backend`."""
+        answer = self._call(self._stub.Clear, pb.ClearRequest(), _LOOKUP_SECONDS)
+        return Freed(answer.freed_entries, answer.freed_bytes)
+
+    def entries(self) -> list[EntryInfo]:
+        """See `Backend`."""
+        entries: list[pb.Entry] = []
+        more = True
+        while more:
+            after = entries[-1].sha256 if entries else b""
+            page = self._call(self._stub.List, pb.ListRequest(after_sha256=after), _SHORT_SECONDS)
+            entries.extend(page.entries)
+            more = page.more and len(page.entries) > 0
+        entries.sort(key=lambda entry: entry.idle_seconds)
+        return [_entry_info(entry) for entry in entries]
+
+    def status(self) -> dict[str, Any]:
+        """See `Backend`. The daemon's whole answer, field names as in the .proto."""
+        answer = self._call(self._stub.Status, pb.StatusRequest(), _SHORT_SECONDS)
+        # MessageToDict gives 64-bit integers as strings (protobuf's JSON mapping): undo that
+        status: dict[str, Any] = MessageToDict(
+            answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        status["store"] = _with_numbers(status["store"])
+        status["hardening"] = _with_numbers(status["hardening"])
+        status["directory"] = str(self._session.directory)
+        return status
+
+    def sweep(self) -> None:
+        """See `Backend`; the daemon sees by itself who holds what."""
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._channel.close()
+        self._session.close()
+
+    def _call(self, method: Callable[..., M], request: Any, seconds: float) -> M:
+        try:
+            return method(request, timeout=seconds, metadata=self._metadata)
+        except grpc.RpcError as error:
+            _raise_for(error)
+
+
+class RemoteDeposit:
+    """A store in progress in the daemon, seen from its writer."""
+
+    def __init__(self, backend: DaemonBackend, request_id: int, write_end: int) -> None:
+        self._backend = backend
+        self._request_id = request_id
+        self._write_end = write_end
+        self._poll = select.poll()
+        self._poll.register(write_end, select.POLLOUT)
+        os.set_blocking(write_end, False)
+
+    def pour(self, source: Source) -> None:
+        """Send the whole source. Where the daemon stops reading, the commit tells why.
+
+        Raises:
+            CacheUnavailableError: the daemon takes nothing for five seconds.
+        """
+        while self._step(lambda: source.send_into(self._write_end)):
+            pass
+
+    def write(self, data: memoryview) -> None:
+        """Send some bytes. Raises as `pour`."""
+        while data:
+            written = self._step(lambda view=data: os.write(self._write_end, view))
+            if not written:
+                return
+            data = data[written:]
+
+    def commit(self) -> Sha256:
+        """End the bytes and return the digest of what the daemon keeps now.
+
+        Raises:
+            CacheError: nothing was kept.
+        """
+        self._close()
+        request = pb.CommitStoreRequest(request_id=self._request_id)
+        answer = self._backend._call(self._backend._stub.CommitStore, request, _COMMIT_SECONDS)
+        return Sha256(answer.sha256.hex())
+
+    def abort(self) -> None:
+        """Keep nothing; a daemon that cannot be told any more does the same by itself."""
+        self._close()
+        request = pb.AbortStoreRequest(request_id=self._request_id)
+        try:
+            self._backend._call(self._backend._stub.AbortStore, request, _SHORT_SECONDS)
+        except CacheError:
+            pass
+
+    def _step(self, move: Callable[[], int]) -> int:
+        """Move some bytes as soon as the pipe has room; 0 at the end or where the reader is gone."""
+        while True:
+            try:
+                return move()
+            except BlockingIOError:
+                if not self._poll.poll(_PIPE_STALL_SECONDS * 1000):
+                    raise CacheUnavailableError("the daemon takes no bytes any more") from None
+            except BrokenPipeError:
+                return 0
+
+    def _close(self) -> None:
+        if self._write_end >= 0:
+            os.close(self._write_end)
+            self._write_end = -1
+
+
+def _raise_for(error: grpc.RpcError) -> NoReturn:
+    """The one place where a gRPC status becomes an error of the cache."""
+    code, message = error.code(), error.details() or ""
+    if code is grpc.StatusCode.NOT_FOUND:
+        trailing = dict(error.trailing_metadata() or ())
+        raise CacheMissError(message, _miss_reason(str(trailing.get("dg-miss-reason")))) from error
+    if code in _ERRORS:
+        raise _ERRORS[code](message) from error
+    raise CacheUnavailableError(f"the daemon failed: {code.name.lower()}: {message}") from error
+
+
+def _miss_reason(text: str) -> MissReason:
+    try:
+        return MissReason(text)
+    except ValueError:  # a newer daemon may know more reasons
+        return MissReason.UNKNOWN
+
+
+def _message(deltaspace: Deltaspace) -> pb.Deltaspace:
+    return pb.Deltaspace(bucket=deltaspace.bucket, prefix=deltaspace.prefix)
+
+
+def _entry_info(entry: pb.Entry) -> EntryInfo:
+    return EntryInfo(
+        sha256=Sha256(entry.sha256.hex()),
+        size=entry.size,
+        deltaspaces=[Deltaspace(d.bucket, d.prefix) for d in entry.deltaspaces],
+        age_seconds=entry.age_seconds,
+        expires_in_seconds=entry.expires_in_seconds,
+        idle_seconds=entry.idle_seconds,
+        hits=entry.hits,
+        stored_by=entry.stored_by,
+        held=entry.held,
+    )
+
+
+def _with_numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: int(value)
+        if isinstance(value, str) and value.isdigit()
+        else (_with_numbers(value) if isinstance(value, dict) else value)
+        for name, value in fields.items()
+    }

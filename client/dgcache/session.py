@@ -1,0 +1,169 @@
+"""The client's end of session.sock: decides whether there is a daemon, and receives descriptors.
+
+The decision imports neither grpc nor protobuf: protobuf comes with the first byte of a Hello.
+"""
+
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgcache_core.errors import CacheUnavailableError
+from dgcache_core.peers import peer_credentials, require_same_user
+from dgcache_core.runtime_directory import SESSION_SOCKET, candidates, open_where_served
+
+if TYPE_CHECKING:
+    from dgcache_proto.v1 import dgcache_pb2
+
+PROTOCOL = 1
+OLDEST_PROTOCOL = 1
+
+_LONGEST_PACKET = 4096
+_TIMEVAL = struct.Struct("@ll")
+_ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
+_MOST_UNCLAIMED = 64
+
+
+class Session:
+    """An open session. Thread-safe; whoever waits for a descriptor reads those of others, too."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        directory: Path,
+        directory_fd: int,
+        hello: "dgcache_pb2.Hello",
+    ) -> None:
+        self._connection = connection
+        self._reading = threading.Lock()
+        self._unclaimed: dict[int, int] = {}
+        self.directory = directory
+        self.directory_fd = directory_fd
+        self.hello = hello
+
+    @classmethod
+    def connect(
+        cls, socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: float
+    ) -> "Session":
+        """Find the daemon, check that it is the own user's, and hear its Hello.
+
+        Raises:
+            CacheUnavailableError: there is none, it does not answer within the budget, or it speaks
+                another version of the protocol.
+            CacheRefusedError: a directory or the daemon's uid failed its check.
+        """
+        deadline = time.monotonic() + budget_seconds
+        directory, directory_fd = open_where_served(candidates(socket_dir, environ))
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            _connect_within(connection, f"/proc/self/fd/{directory_fd}/{SESSION_SOCKET}", deadline)
+            require_same_user(peer_credentials(connection))
+            packet = _receive_within(connection, deadline)
+            return cls(connection, directory, directory_fd, _understood(packet))
+        except BaseException:
+            connection.close()
+            os.close(directory_fd)
+            raise
+
+    def take_descriptor(self, request_id: int, budget_seconds: float) -> int:
+        """Return the descriptor that came for a call; it is the caller's to close.
+
+        Raises:
+            CacheUnavailableError: the session is over, or nothing came within the budget.
+        """
+        deadline = time.monotonic() + budget_seconds
+        with self._reading:
+            while request_id not in self._unclaimed:
+                self._receive_one(deadline)
+            return self._unclaimed.pop(request_id)
+
+    def close(self) -> None:
+        """End the session; the daemon drops what it still owes us."""
+        self._connection.close()
+        for descriptor in self._unclaimed.values():
+            os.close(descriptor)
+        self._unclaimed.clear()
+        if self.directory_fd >= 0:
+            os.close(self.directory_fd)
+            self.directory_fd = -1
+
+    def _receive_one(self, deadline: float) -> None:
+        from dgcache_proto.v1 import dgcache_pb2
+
+        _wait_readable(self._connection, deadline)
+        packet, ancillary, flags, _ = self._connection.recvmsg(
+            _LONGEST_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
+        )
+        descriptors = _descriptors(ancillary)
+        message = dgcache_pb2.SessionMessage.FromString(packet)
+        complete = len(descriptors) == 1 and not flags & socket.MSG_CTRUNC
+        if not packet or not complete or len(self._unclaimed) >= _MOST_UNCLAIMED:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise CacheUnavailableError(
+                "the daemon closed the session" if not packet else "a descriptor was lost on the way"
+            )
+        self._unclaimed[message.descriptor.request_id] = descriptors[0]
+
+
+def _connect_within(connection: socket.socket, path: str, deadline: float) -> None:
+    """Connect; the kernel itself waits for room in the backlog, as long as SO_SNDTIMEO says.
+
+    (A non-blocking connect on a full backlog would fail at once with EAGAIN, unix(7).)
+    """
+    left = max(0.001, deadline - time.monotonic())
+    timeval = _TIMEVAL.pack(int(left), int(left % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        raise CacheUnavailableError(
+            f"the daemon cannot be reached: {error.strerror}: see dg-cache status"
+        ) from error
+
+
+def _receive_within(connection: socket.socket, deadline: float) -> bytes:
+    _wait_readable(connection, deadline)
+    packet = connection.recv(_LONGEST_PACKET)
+    if not packet:
+        raise CacheUnavailableError("the daemon closed the session at once: see dg-cache logs")
+    return packet
+
+
+def _wait_readable(connection: socket.socket, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise CacheUnavailableError("the daemon does not answer: see dg-cache status")
+
+
+def _understood(packet: bytes) -> "dgcache_pb2.Hello":
+    from google.protobuf.message import DecodeError
+
+    from dgcache_proto.v1 import dgcache_pb2
+
+    try:
+        hello = dgcache_pb2.SessionMessage.FromString(packet).hello
+    except DecodeError as error:
+        raise CacheUnavailableError("what listens there does not speak our protocol") from error
+    if hello.protocol < OLDEST_PROTOCOL or hello.oldest_protocol > PROTOCOL:
+        older = "daemon" if hello.protocol < OLDEST_PROTOCOL else "client"
+        raise CacheUnavailableError(
+            f"the daemon ({hello.build}) speaks protocol {hello.protocol}, this client {PROTOCOL}: "
+            f"update the {older}, then dg-cache restart"
+        )
+    return hello
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    received = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(data[: len(data) - len(data) % received.itemsize])
+    return received.tolist()

@@ -1,0 +1,132 @@
+"""Directories nobody else can have prepared, swapped or opened to others.
+
+Every component is opened relative to the descriptor of the one before, so that no name is looked up
+twice (openat(2); CWE-367). Ancestors must belong to root or to me and be writable by nobody else
+unless sticky; a link among them is followed only if it belongs to root or to me. The last component
+is never a link: it is mine, mode 0700, without a default ACL.
+"""
+
+import errno
+import os
+import shlex
+import stat
+from collections import deque
+from pathlib import Path
+
+from dgcache_core.errors import CacheRefusedError
+
+PRIVATE_MODE = 0o700
+_MAX_LINKS = 40  # as the kernel's own walk (path_resolution(7))
+_OPEN_NODE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def open_private_directory(path: Path, *, create: bool = False) -> int:
+    """Return a descriptor of the vetted directory at `path`. The caller closes it.
+
+    Args:
+        path: absolute, without `..`.
+        create: make what is missing, each new directory with mode 0700 whatever the umask.
+
+    Raises:
+        CacheRefusedError: a check failed; the message names it and the command that mends it.
+        FileNotFoundError: it is not there and `create` is False.
+    """
+    if not path.is_absolute() or ".." in path.parts:
+        raise CacheRefusedError(f"{path} must be an absolute path without '..'")
+    names = deque(path.parts[1:])
+    node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
+    try:
+        links = 0
+        while names:
+            name = names.popleft()
+            child = _open_or_make(node, name, create=create)
+            try:
+                link = _vet(child, path, is_last=not names, name=name)
+            except BaseException:
+                os.close(child)
+                raise
+            if link is None:
+                os.close(node)
+                node = child
+                continue
+            os.close(child)
+            links += 1
+            if links > _MAX_LINKS:
+                raise CacheRefusedError(f"{path}: too many links on the way")
+            names.extendleft(reversed([part for part in link.split("/") if part not in ("", ".")]))
+            if link.startswith("/"):
+                os.close(node)
+                node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
+    except OSError as error:
+        if error.errno in (errno.ENOENT,) and not create:
+            raise
+        raise CacheRefusedError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(node)
+
+
+def _open_or_make(parent: int, name: str, *, create: bool) -> int:
+    try:
+        return os.open(name, _OPEN_NODE, dir_fd=parent)
+    except FileNotFoundError:
+        if not create:
+            raise
+    try:
+        os.mkdir(name, PRIVATE_MODE, dir_fd=parent)
+    except FileExistsError:
+        return os.open(name, _OPEN_NODE, dir_fd=parent)  # somebody was faster: it is vetted anyway
+    child = os.open(name, _OPEN_NODE | os.O_DIRECTORY, dir_fd=parent)
+    if os.fstat(child).st_uid == os.geteuid():
+        os.chmod(f"/proc/self/fd/{child}", PRIVATE_MODE)  # noqa: PTH101 - that very inode
+    return child
+
+
+def _vet(node: int, path: Path, *, is_last: bool, name: str) -> str | None:
+    """Check one component; return a link's target where it is one that may be followed."""
+    status = os.fstat(node)
+    own_uid = os.geteuid()
+    if stat.S_ISLNK(status.st_mode):
+        if is_last:
+            raise CacheRefusedError(f"{path} is a symbolic link: {_remove(path)}")
+        if status.st_uid not in (0, own_uid):
+            raise CacheRefusedError(f"{path}: {name!r} is a link of uid {status.st_uid}")
+        return os.readlink("", dir_fd=node)
+    if not stat.S_ISDIR(status.st_mode):
+        raise CacheRefusedError(f"{path}: {name!r} is not a directory: {_remove(path)}")
+    mode = stat.S_IMODE(status.st_mode)
+    if is_last:
+        _vet_own(node, path, status.st_uid, mode)
+    elif status.st_uid not in (0, own_uid):
+        raise CacheRefusedError(
+            f"{path}: {name!r} belongs to uid {status.st_uid}, not to root or uid {own_uid}"
+        )
+    elif mode & 0o022 and not mode & stat.S_ISVTX:
+        raise CacheRefusedError(
+            f"{path}: {name!r} can be written by others (mode {mode:04o}): run chmod go-w on it"
+        )
+    return None
+
+
+def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:
+    own_uid = os.geteuid()
+    if uid != own_uid:
+        raise CacheRefusedError(
+            f"{path} belongs to uid {uid}, not to uid {own_uid}: "
+            f"run sudo chown {own_uid} {shlex.quote(str(path))}"
+        )
+    if mode != PRIVATE_MODE:
+        raise CacheRefusedError(
+            f"{path} has mode {mode:04o}, not 0700: run chmod 0700 {shlex.quote(str(path))}"
+        )
+    try:
+        os.getxattr(f"/proc/self/fd/{node}", "system.posix_acl_default")
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return
+        raise
+    raise CacheRefusedError(f"{path} has a default ACL: run setfacl -k {shlex.quote(str(path))}")
+
+
+def _remove(path: Path) -> str:
+    return f"remove it with rm {shlex.quote(str(path))}"

@@ -1,0 +1,143 @@
+"""The plaintext copies that clients hold at the moment: shared while held, closed when not.
+
+Who holds a file is asked of the kernel, not of the clients: on a descriptor opened for reading, a
+write lease is refused while anybody else has the file open or mapped, in whatever process, also
+after a kill -9 (fcntl(2), F_SETLEASE). The lease is given back at once. An open() that meets it in
+between makes the kernel signal us; F_SETSIG turns that signal into SIGURG, which is ignored by
+default, where SIGIO would end the process.
+"""
+
+import errno
+import fcntl
+import os
+import signal
+from dataclasses import dataclass
+
+from dgcache_core.errors import CacheFullError
+from dgcache_core.memory import page_rounded
+from dgcache_core.references import Sha256
+from dgcache_core.sealed_files import create_memory_file, open_again, seal
+
+
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """A sealed, read-only descriptor with the plaintext of one blob. Whoever gets it closes it."""
+
+    fd: int
+    size: int
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    fd: int
+    size: int
+
+
+class Handouts:
+    """The table of handouts somebody may still hold. Not thread-safe: the store's lock covers it."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Sha256, _Shared] = {}
+        self.held_bytes = 0
+        self.can_share = _lease_probe_works()
+        """False on kernels where the probe fails: then a handout is neither shared nor counted."""
+
+    def __len__(self) -> int:
+        return len(self._shared)
+
+    def open_shared(self, sha256: Sha256) -> Handout | None:
+        """Return one more handout of a blob whose plaintext is still held, else None.
+
+        Raises:
+            CacheFullError: no descriptor is left.
+        """
+        shared = self._shared.get(sha256)
+        if shared is None:
+            return None
+        return Handout(_open_again(shared.fd), shared.size, sha256)
+
+    def add(self, sha256: Sha256, sealed_fd: int, size: int) -> Handout:
+        """Take over a sealed file of a blob that is not in the table; return its first handout.
+
+        Raises:
+            CacheFullError: no descriptor is left; the file is closed.
+        """
+        try:
+            first = Handout(_open_again(sealed_fd), size, sha256)
+            if self.can_share:
+                self._keep(sha256, sealed_fd, size)
+        finally:
+            os.close(sealed_fd)  # the writable description goes: only readers are left
+        return first
+
+    def is_held(self, sha256: Sha256) -> bool:
+        """Tell whether the plaintext of a blob was held at the last sweep."""
+        return sha256 in self._shared
+
+    def sweep(self) -> int:
+        """Close what nobody holds any more and return how many bytes that freed."""
+        unheld = [s for s, shared in self._shared.items() if not _is_open_elsewhere(shared.fd)]
+        before = self.held_bytes
+        for sha256 in unheld:
+            shared = self._shared.pop(sha256)
+            os.close(shared.fd)
+            self.held_bytes -= page_rounded(shared.size)
+        return before - self.held_bytes
+
+    def close(self) -> None:
+        """Close every descriptor of ours; what others hold stays theirs."""
+        for shared in self._shared.values():
+            os.close(shared.fd)
+        self._shared.clear()
+        self.held_bytes = 0
+
+    def _keep(self, sha256: Sha256, sealed_fd: int, size: int) -> None:
+        try:
+            kept = _open_again(sealed_fd)
+        except CacheFullError:
+            return  # handed out all the same, only not shared
+        fcntl.fcntl(kept, fcntl.F_SETSIG, signal.SIGURG)
+        self._shared[sha256] = _Shared(kept, size)
+        self.held_bytes += page_rounded(size)
+
+
+def _open_again(fd: int) -> int:
+    try:
+        return open_again(fd)
+    except OSError as error:
+        raise CacheFullError(f"no descriptor for a handout: {error.strerror}") from error
+
+
+def _is_open_elsewhere(fd: int) -> bool:
+    """Ask the kernel whether any other description or mapping of the file exists."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return True
+        raise
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def _lease_probe_works() -> bool:
+    """Try the probe on a file of our own, held and not: older kernels may answer otherwise."""
+    memory_file = create_memory_file()
+    try:
+        seal(memory_file)
+        probe = open_again(memory_file)
+    finally:
+        os.close(memory_file)
+    try:
+        fcntl.fcntl(probe, fcntl.F_SETSIG, signal.SIGURG)
+        holder = open_again(probe)
+        try:
+            seen_held = _is_open_elsewhere(probe)
+        finally:
+            os.close(holder)
+        return seen_held and not _is_open_elsewhere(probe)
+    except OSError:
+        return False
+    finally:
+        os.close(probe)

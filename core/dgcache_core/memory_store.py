@@ -1,0 +1,551 @@
+"""The encrypted LRU: blobs in mappings of their own, keys in a locked page, a budget in bytes.
+
+One lock covers the tables (entries, bindings, handouts, reservations) and is held for microseconds;
+encryption and decryption happen outside it, on entries that are pinned meanwhile. The rules:
+
+- everything counts against `max_bytes`: ciphertext, plaintext that is held, and what is reserved
+  for stores and lookups in progress. Space is reserved before it is filled;
+- the entry handed out longest ago leaves first; one that is being read never does;
+- a blob leaves crypto-erased: its key is zeroed before its mapping is unmapped;
+- a failed check hands out nothing, drops the entry and is counted.
+"""
+
+import mmap
+import os
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from dgcache_core.aead import (
+    BODY_OFFSET,
+    CHUNK_BYTES,
+    TAG_BYTES,
+    Frame,
+    open_chunk,
+    open_header,
+)
+from dgcache_core.bindings import Bindings
+from dgcache_core.clock import Clock, boottime_seconds
+from dgcache_core.errors import (
+    CacheCorruptionError,
+    CacheFullError,
+    CacheMissError,
+    InvalidReferenceError,
+    MissReason,
+)
+from dgcache_core.handouts import Handout, Handouts
+from dgcache_core.ingest import Sealing
+from dgcache_core.keyslab import KeySlab, KeySlot
+from dgcache_core.memory import Allocate, anonymous_memory, page_rounded
+from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.scratch import ScratchPool
+from dgcache_core.sealed_files import create_memory_file, seal, write_at
+from dgcache_core.store import Counters, EntryInfo, Freed, ReadInto, StoreStatus
+
+_TWO_THREADS_FROM_BYTES = 8 << 20
+"""Below this, starting the second thread costs more than it brings (docs/performance.md)."""
+
+_REMEMBERED_MISSES = 4096
+_LONGEST_OPENING_SECONDS = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    frame: Frame
+    sha256: Sha256
+    blob: mmap.mmap
+    key: KeySlot
+    stored_by: str
+    created: float
+    expires: float
+    last_used: float
+    hits: int = 0
+    readers: int = 0
+    dropped: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return page_rounded(self.frame.sealed_bytes)
+
+
+class MemoryStore:
+    """An encrypted, content-addressed LRU within a byte budget. Implements `Store`."""
+
+    def __init__(
+        self,
+        max_bytes: int,
+        ttl_seconds: float,
+        *,
+        may_fork: bool,
+        max_entries: int = 4096,
+        allocate: Allocate = anonymous_memory,
+        clock: Clock = boottime_seconds,
+    ) -> None:
+        """Make an empty store.
+
+        Args:
+            max_bytes: the budget, in bytes.
+            ttl_seconds: how long an entry lives after it was stored.
+            may_fork: True where the process may fork; see `KeySlab`.
+            max_entries: how many entries (and keys) there can be.
+            allocate: where ciphertext lives.
+            clock: seconds, for expiry and order.
+        """
+        self._max_bytes = max_bytes
+        self._ttl_seconds = ttl_seconds
+        self._clock = clock
+        self._allocate = allocate
+        self._keys = KeySlab(max_entries, may_fork=may_fork)
+        self._helpers: Executor = ThreadPoolExecutor(2, thread_name_prefix="dg-cache-crypto")
+        self._scratch = ScratchPool(CHUNK_BYTES, keep=8)
+        self._lock = threading.Lock()
+        self._opened = threading.Condition(self._lock)
+        self._entries: OrderedDict[Sha256, _Entry] = OrderedDict()  # least recently used first
+        self._by_age: dict[Sha256, None] = {}  # oldest first, so: next to expire first
+        self._bindings = Bindings()
+        self._handouts = Handouts()
+        self._opening: set[Sha256] = set()
+        self._past: OrderedDict[Sha256, MissReason] = OrderedDict()
+        self._blob_bytes = 0
+        self._reserved_bytes = 0
+        self._counters = Counters()
+
+    # -- handing out ---------------------------------------------------------------------------
+
+    def lookup(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
+        """See `Store.lookup`. Plaintext that somebody holds is shared, else decrypted once."""
+        with self._lock:
+            handout = self._shared_handout(deltaspace, sha256)
+            if handout is not None:
+                return handout
+            entry = self._entries[sha256]
+            entry.readers += 1
+            room = page_rounded(entry.frame.size)
+            try:
+                self._reserve(room)
+            except CacheFullError:
+                self._unpin(entry)
+                raise
+            self._opening.add(sha256)
+        try:
+            memory_file = self._decrypt(entry)
+        except BaseException as error:
+            with self._lock:
+                if isinstance(error, CacheCorruptionError):
+                    self._drop(entry, MissReason.DROPPED_CORRUPT)
+                self._end_opening(entry, room)
+            if isinstance(error, OSError):
+                raise CacheFullError(f"no memory file: {error.strerror}") from error
+            raise
+        with self._lock:
+            self._end_opening(entry, room)
+            handout = self._handouts.add(sha256, memory_file, entry.frame.size)
+            self._count_hit(entry, deltaspace)
+            return handout
+
+    def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """Return a handout if that needs no decryption and no waiting, else None.
+
+        Raises:
+            CacheMissError: as `lookup`.
+        """
+        with self._lock:
+            self._require(deltaspace, sha256)
+            if sha256 in self._opening:
+                return None
+            return self._shared_handout(deltaspace, sha256)
+
+    def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
+        """See `Store.miss_reason`."""
+        with self._lock:
+            self._expire()
+            return None if sha256 in self._entries else self._why_absent(deltaspace, sha256)
+
+    # -- storing -------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        size: int,
+        deltaspace: Deltaspace,
+        *,
+        expected: Sha256 | None = None,
+        stored_by: str = "",
+    ) -> "MemoryIngest":
+        """See `Store.begin`."""
+        if size < 0:
+            raise InvalidReferenceError(f"a size is not negative, got {size}")
+        now = int(time.time())
+        frame = Frame(size, now, now + int(self._ttl_seconds))
+        room = page_rounded(frame.sealed_bytes)
+        with self._lock:
+            try:
+                self._require_admissible(size)
+                self._reserve(room)
+                key = self._new_key()
+            except CacheFullError:
+                self._counters.refused_stores += 1
+                if expected is not None and size > self.max_entry_bytes:
+                    self._remember(expected, MissReason.TOO_LARGE)
+                raise
+        try:
+            blob = self._allocate(frame.sealed_bytes)
+        except CacheFullError:
+            with self._lock:
+                self._reserved_bytes -= room
+                self._counters.refused_stores += 1
+            key.erase()
+            raise
+        sealing = Sealing(frame, key.view, memoryview(blob), self._helpers, self._scratch)
+        return MemoryIngest(self, sealing, blob, key, deltaspace, expected, stored_by)
+
+    def _adopt(self, ingest: "MemoryIngest", sha256: Sha256) -> None:
+        """Take over a complete blob; it replaces an older one of the same digest."""
+        now = self._clock()
+        entry = _Entry(
+            frame=ingest.frame,
+            sha256=sha256,
+            blob=ingest.blob,
+            key=ingest.key,
+            stored_by=ingest.stored_by,
+            created=now,
+            expires=now + self._ttl_seconds,
+            last_used=now,
+        )
+        with self._lock:
+            self._reserved_bytes -= entry.bytes
+            deltaspaces = self._bindings.deltaspaces(sha256)
+            if sha256 in self._entries:
+                self._drop(self._entries[sha256], None)
+            self._entries[sha256] = entry
+            self._by_age[sha256] = None
+            self._blob_bytes += entry.bytes
+            self._past.pop(sha256, None)
+            for deltaspace in (*deltaspaces, ingest.deltaspace):
+                self._bindings.bind(deltaspace, sha256)
+            self._counters.stores += 1
+            self._counters.stored_bytes += entry.frame.size
+
+    def _abandon(self, ingest: "MemoryIngest") -> None:
+        ingest.key.erase()
+        ingest.blob.close()
+        with self._lock:
+            self._reserved_bytes -= page_rounded(ingest.frame.sealed_bytes)
+
+    # -- removing ------------------------------------------------------------------------------
+
+    def evict(self, deltaspace: Deltaspace) -> Freed:
+        """See `Store.evict`."""
+        with self._lock:
+            return self._drop_all(
+                [self._entries[s] for s in self._bindings.unbind(deltaspace) if s in self._entries]
+            )
+
+    def clear(self) -> Freed:
+        """See `Store.clear`."""
+        with self._lock:
+            freed = self._drop_all(list(self._entries.values()))
+        self._scratch.close()
+        return freed
+
+    def sweep(self) -> None:
+        """See `Store.sweep`."""
+        with self._lock:
+            self._expire()
+            self._handouts.sweep()
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._helpers.shutdown(wait=True)
+        self.clear()
+        with self._lock:
+            self._handouts.close()
+            self._keys.close()
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def entries(self) -> list[EntryInfo]:
+        """See `Store.entries`."""
+        with self._lock:
+            self._expire()
+            self._handouts.sweep()
+            now = self._clock()
+            return [
+                EntryInfo(
+                    sha256=entry.sha256,
+                    size=entry.frame.size,
+                    deltaspaces=self._bindings.deltaspaces(entry.sha256),
+                    age_seconds=now - entry.created,
+                    expires_in_seconds=entry.expires - now,
+                    idle_seconds=now - entry.last_used,
+                    hits=entry.hits,
+                    stored_by=entry.stored_by,
+                    held=self._handouts.is_held(entry.sha256),
+                )
+                for entry in reversed(self._entries.values())
+            ]
+
+    def status(self) -> StoreStatus:
+        """See `Store.status`."""
+        with self._lock:
+            self._expire()
+            self._handouts.sweep()
+            return StoreStatus(
+                entries=len(self._entries),
+                bindings=len(self._bindings),
+                max_bytes=self._max_bytes,
+                max_entry_bytes=self.max_entry_bytes,
+                blob_bytes=self._blob_bytes,
+                handout_bytes=self._handouts.held_bytes,
+                reserved_bytes=self._reserved_bytes,
+                handouts=len(self._handouts),
+                shares_handouts=self._handouts.can_share,
+                key_protection=str(self._keys.protection),
+                counters=replace(self._counters, misses=dict(self._counters.misses)),
+            )
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """The largest blob there can be: ciphertext and one plaintext must fit side by side."""
+        whole = self._max_bytes - BODY_OFFSET - TAG_BYTES - 2 * mmap.PAGESIZE
+        return max(0, whole * CHUNK_BYTES // (2 * CHUNK_BYTES + TAG_BYTES))
+
+    def seconds_to_next_expiry(self) -> float | None:
+        """Return how long until the oldest entry expires, or None where there is none."""
+        with self._lock:
+            oldest = next(iter(self._by_age), None)
+            return None if oldest is None else self._entries[oldest].expires - self._clock()
+
+    @property
+    def handouts_outstanding(self) -> int:
+        """How many plaintexts were held at the last sweep."""
+        return len(self._handouts)
+
+    # -- the lock is held in everything below, except in _decrypt --------------------------------
+
+    def _require(self, deltaspace: Deltaspace, sha256: Sha256) -> _Entry:
+        self._expire()
+        entry = self._entries.get(sha256)
+        if entry is None:
+            reason = self._why_absent(deltaspace, sha256)
+            self._counters.misses[reason] += 1
+            raise CacheMissError(f"no reference {sha256} for {deltaspace}: {reason}", reason)
+        return entry
+
+    def _why_absent(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason:
+        if sha256 in self._past:
+            return self._past[sha256]
+        if self._bindings.current(deltaspace) is not None:
+            return MissReason.DIGEST_CHANGED
+        return MissReason.UNKNOWN
+
+    def _shared_handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """Wait while somebody else decrypts this blob, then share what came of it."""
+        deadline = time.monotonic() + _LONGEST_OPENING_SECONDS
+        while True:
+            entry = self._require(deltaspace, sha256)
+            handout = self._handouts.open_shared(sha256)
+            if handout is not None:
+                self._counters.shared_hits += 1
+                self._count_hit(entry, deltaspace)
+                return handout
+            if sha256 not in self._opening:
+                return None
+            if not self._opened.wait(deadline - time.monotonic()):
+                raise CacheFullError(f"decrypting {sha256} takes too long")
+
+    def _count_hit(self, entry: _Entry, deltaspace: Deltaspace) -> None:
+        entry.last_used = self._clock()
+        entry.hits += 1
+        self._counters.hits += 1
+        self._counters.hit_bytes += entry.frame.size
+        if not entry.dropped:
+            self._entries.move_to_end(entry.sha256)
+            self._bindings.bind(deltaspace, entry.sha256)
+
+    def _require_admissible(self, size: int) -> None:
+        if size > self.max_entry_bytes:
+            raise CacheFullError(
+                f"{size} bytes are more than the {self.max_entry_bytes} that one reference may "
+                f"have in a cache of {self._max_bytes} bytes (DG_CACHE_MEMORY_SIZE_MB)"
+            )
+
+    def _reserve(self, room: int) -> None:
+        """Make room by evicting what was handed out longest ago, then reserve it."""
+        missing = self._used_bytes + room - self._max_bytes
+        if missing > 0:
+            self._expire()
+            self._handouts.sweep()
+            missing = self._used_bytes + room - self._max_bytes
+        if missing > 0:
+            idle = [entry for entry in self._entries.values() if not entry.readers]
+            if sum(entry.bytes for entry in idle) < missing:
+                raise CacheFullError(f"no room for {room} bytes: the rest of the cache is in use")
+            for entry in idle:
+                if missing <= 0:
+                    break
+                missing -= entry.bytes
+                self._evict_one(entry)
+        self._reserved_bytes += room
+
+    def _new_key(self) -> KeySlot:
+        try:
+            return self._keys.new_key()
+        except CacheFullError:
+            oldest = next((e for e in self._entries.values() if not e.readers), None)
+            if oldest is None:
+                raise
+            self._evict_one(oldest)
+            return self._keys.new_key()
+
+    def _evict_one(self, entry: _Entry) -> None:
+        self._drop(entry, MissReason.EVICTED)
+        self._counters.evictions += 1
+
+    @property
+    def _used_bytes(self) -> int:
+        return self._blob_bytes + self._handouts.held_bytes + self._reserved_bytes
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._by_age:
+            entry = self._entries[next(iter(self._by_age))]
+            if entry.expires > now:
+                return
+            self._drop(entry, MissReason.EXPIRED)
+            self._counters.expirations += 1
+
+    def _drop_all(self, entries: list[_Entry]) -> Freed:
+        for entry in entries:
+            self._drop(entry, MissReason.EVICTED)
+        return Freed(len(entries), sum(entry.frame.size for entry in entries))
+
+    def _drop(self, entry: _Entry, reason: MissReason | None) -> None:
+        """Take an entry out of every table; its memory goes when nobody reads it any more."""
+        if entry.dropped:
+            return
+        entry.dropped = True
+        del self._entries[entry.sha256]
+        del self._by_age[entry.sha256]
+        self._bindings.forget(entry.sha256)
+        if reason is not None:
+            self._remember(entry.sha256, reason)
+        if reason is MissReason.DROPPED_CORRUPT:
+            self._counters.corruptions += 1
+        if not entry.readers:
+            self._free(entry)
+
+    def _end_opening(self, entry: _Entry, room: int) -> None:
+        self._reserved_bytes -= room
+        self._opening.discard(entry.sha256)
+        self._opened.notify_all()
+        self._unpin(entry)
+
+    def _unpin(self, entry: _Entry) -> None:
+        entry.readers -= 1
+        if entry.dropped and not entry.readers:
+            self._free(entry)
+
+    def _free(self, entry: _Entry) -> None:
+        entry.key.erase()
+        entry.blob.close()
+        self._blob_bytes -= entry.bytes
+
+    def _remember(self, sha256: Sha256, reason: MissReason) -> None:
+        self._past[sha256] = reason
+        self._past.move_to_end(sha256)
+        if len(self._past) > _REMEMBERED_MISSES:
+            self._past.popitem(last=False)
+
+    # -- without the lock ------------------------------------------------------------------------
+
+    def _decrypt(self, entry: _Entry) -> int:
+        """Return a sealed memory file with the entry's plaintext, every chunk of it checked."""
+        memory_file = create_memory_file()
+        try:
+            with memoryview(entry.blob) as blob:
+                vouched = open_header(entry.key.view, blob)
+                if vouched != (entry.frame, entry.sha256):
+                    raise CacheCorruptionError("the header vouches for another reference")
+                self._decrypt_chunks(entry, blob, memory_file)
+            seal(memory_file)
+        except BaseException:
+            os.close(memory_file)
+            raise
+        return memory_file
+
+    def _decrypt_chunks(self, entry: _Entry, blob: memoryview, memory_file: int) -> None:
+        frame, key = entry.frame, entry.key.view
+        indices = iter(range(frame.chunks))  # next() is atomic: two threads share it
+
+        def work() -> None:
+            with self._scratch.borrow() as scratch:
+                for index in indices:
+                    offset, length = frame.plain_span(index)
+                    open_chunk(key, frame, index, blob, scratch[:length])
+                    write_at(memory_file, scratch[:length], offset)
+
+        if frame.size < _TWO_THREADS_FROM_BYTES:
+            work()
+            return
+        helper = self._helpers.submit(work)
+        try:
+            work()
+        finally:
+            helper.result()
+
+
+class MemoryIngest:
+    """A store in progress in a `MemoryStore`. Implements `Ingest`; used by one thread at a time."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        sealing: Sealing,
+        blob: mmap.mmap,
+        key: KeySlot,
+        deltaspace: Deltaspace,
+        expected: Sha256 | None,
+        stored_by: str,
+    ) -> None:
+        self.frame = sealing.frame
+        self.blob = blob
+        self.key = key
+        self.deltaspace = deltaspace
+        self.stored_by = stored_by
+        self._store = store
+        self._sealing = sealing
+        self._expected = expected
+        self._ended = False
+
+    def fill(self, read: ReadInto) -> None:
+        """See `Ingest.fill`."""
+        self._sealing.fill(read)
+
+    def commit(self) -> Sha256:
+        """See `Ingest.commit`. After an error the store in progress is aborted."""
+        if self._ended:
+            raise InvalidReferenceError("this store was ended before")
+        try:
+            sha256 = self._sealing.finish(self._expected)
+        except InvalidReferenceError:
+            self.abort()
+            raise
+        self._ended = True
+        self._sealing.release()
+        self._store._adopt(self, sha256)
+        return sha256
+
+    def abort(self) -> None:
+        """See `Ingest.abort`."""
+        if not self._ended:
+            self._ended = True
+            self._sealing.release()
+            self._store._abandon(self)
+
+    def __enter__(self) -> "MemoryIngest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()

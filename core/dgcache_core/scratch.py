@@ -1,0 +1,57 @@
+"""Buffers that hold plaintext for the length of one chunk, and are zero whenever nobody uses them."""
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ScratchPool:
+    """Reuses page-aligned buffers of one size, of which it keeps at most `keep`. Thread-safe.
+
+    A fresh mapping costs page faults at every use; a kept one costs one memset.
+    """
+
+    def __init__(self, buffer_bytes: int, keep: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._keep = keep
+        self._idle: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self) -> Iterator[memoryview]:
+        """Lend a writable buffer of `buffer_bytes`; it is wiped when the block ends."""
+        with self._lock:
+            buffer = self._idle.pop() if self._idle else self._fresh()
+        view = memoryview(buffer)
+        try:
+            yield view
+        finally:
+            view.release()
+            self._wipe(buffer)
+            with self._lock:
+                if len(self._idle) < self._keep:
+                    self._idle.append(buffer)
+                    buffer = None
+            if buffer is not None:
+                buffer.close()
+
+    def close(self) -> None:
+        """Give the kept buffers back to the system."""
+        with self._lock:
+            for buffer in self._idle:
+                buffer.close()
+            self._idle.clear()
+
+    def _fresh(self) -> mmap.mmap:
+        buffer = mmap.mmap(-1, self._buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer.madvise(mmap.MADV_DONTDUMP)
+        return buffer
+
+    def _wipe(self, buffer: mmap.mmap) -> None:
+        anchor = ctypes.c_char.from_buffer(buffer)
+        try:
+            ctypes.memset(ctypes.addressof(anchor), 0, self._buffer_bytes)
+        finally:
+            del anchor

@@ -1,0 +1,212 @@
+"""Settings: frozen, checked when they are made, with their unit in the name.
+
+Each field names the environment variable it answers to and how its text is read. Nothing here reads
+the environment; an entry point passes it in, once. `resolve` also tells where each value came from.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dgcache_core.errors import SettingsError
+
+BACKENDS = ("dg-cached", "memory", "filesystem")
+MEBIBYTE = 1 << 20
+"""What DeltaGlider's own DG_CACHE_MEMORY_SIZE_MB counts in."""
+
+_TRUE = frozenset({"true", "1", "yes", "on"})
+_FALSE = frozenset({"false", "0", "no", "off"})
+
+T = TypeVar("T", bound="_Checked")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a field is called outside, how its text is read, and what it means."""
+
+    variable: str
+    parse: Callable[[str], Any]
+    meaning: str
+
+
+def setting(default: Any, variable: str, parse: Callable[[str], Any], meaning: str) -> Any:
+    """Declare a field with its outside name."""
+    return field(default=default, metadata={"setting": Setting(variable, parse, meaning)})
+
+
+def declared(kind: "type[_Checked]") -> dict[str, Setting]:
+    """Return the settings of a class by field name."""
+    return {f.name: f.metadata["setting"] for f in dataclasses.fields(kind)}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved(Generic[T]):
+    """Settings and, for every field, where its value came from."""
+
+    settings: T
+    origins: dict[str, str]
+
+
+def resolve(kind: type[T], environ: Mapping[str, str], overrides: Mapping[str, Any]) -> Resolved[T]:
+    """Build settings: an override beats the environment, the environment beats the default.
+
+    Raises:
+        SettingsError: a value does not parse, is out of range, or an override is unknown.
+    """
+    known = declared(kind)
+    for name in overrides:
+        if name not in known:
+            raise SettingsError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    for name, one in known.items():
+        if overrides.get(name) is not None:
+            values[name], origins[name] = overrides[name], "flag"
+        elif environ.get(one.variable):
+            try:
+                values[name] = one.parse(environ[one.variable])
+            except ValueError as error:
+                raise SettingsError(f"{one.variable}={environ[one.variable]!r}: {error}") from error
+            origins[name] = f"environment {one.variable}"
+    return Resolved(kind(**values), origins)
+
+
+def parse_boolean(text: str) -> bool:
+    """Read a truth value as people write them."""
+    folded = text.strip().lower()
+    if folded in _TRUE | _FALSE:
+        return folded in _TRUE
+    raise ValueError("must be true/false, 1/0, yes/no, or on/off")
+
+
+def parse_number(text: str) -> float:
+    """Read a number that may have a fraction."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number such as 512 or 0.5") from None
+
+
+def parse_path(text: str) -> Path:
+    """Read a path; `~` is the home."""
+    return Path(text).expanduser()
+
+
+def parse_backend(text: str) -> str:
+    """Read the name of a backend; the check of its value is the field's."""
+    return text.strip().lower()
+
+
+class _Checked:
+    """Checks by field name, so that a value given in code is held to the same as one read."""
+
+    __slots__ = ()
+
+    def _require(self, name: str, ok: bool, must: str) -> None:
+        if not ok:
+            variable = declared(type(self))[name].variable
+            raise SettingsError(f"{variable} (`{name}`) {must}, got {getattr(self, name)!r}")
+
+    def _require_between(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        self._require(
+            name,
+            number and math.isfinite(value) and low <= value <= high,
+            f"must be a number from {low:g} to {high:g}",
+        )
+
+    def _require_boolean(self, name: str) -> None:
+        self._require(name, isinstance(getattr(self, name), bool), "must be true or false")
+
+    def _require_absolute(self, name: str) -> None:
+        path = getattr(self, name)
+        self._require(
+            name,
+            path is None or (isinstance(path, Path) and path.is_absolute()),
+            "must be an absolute path",
+        )
+
+
+_SOCKET_DIR = "directory of the sockets, mode 0700 (default: below XDG_RUNTIME_DIR)"
+_TTL = "how long an entry lives after it was stored, in seconds"
+_MAX_MB = 1 << 24
+_MAX_SECONDS = 10 * 365 * 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings(_Checked):
+    """How a client uses the cache.
+
+    Raises:
+        SettingsError: a value is out of range; the message names the setting.
+    """
+
+    backend: str = setting(
+        "dg-cached", "DG_CACHE_BACKEND", parse_backend, "dg-cached, memory or filesystem"
+    )
+    ephemeral: bool = setting(
+        False, "DG_EPHEMERAL_CACHE", parse_boolean, "true: never use the daemon"
+    )
+    no_cache: bool = setting(
+        False, "DG_NO_CACHE", parse_boolean, "true: keep nothing beyond the operation in hand"
+    )
+    fallback_size_mb: float = setting(
+        1024, "DG_CACHE_FALLBACK_SIZE_MB", parse_number, "budget of the in-process cache, in MiB"
+    )
+    ttl_seconds: float = setting(86_400, "DG_CACHE_TTL_SECONDS", parse_number, _TTL)
+    connect_timeout_ms: float = setting(
+        50, "DG_CACHE_CONNECT_TIMEOUT_MS", parse_number, "budget to decide for the fallback, in ms"
+    )
+    report: bool = setting(
+        False, "DG_CACHE_REPORT", parse_boolean, "true: one line per reference on what it saved"
+    )
+    socket_dir: Path | None = setting(None, "DG_CACHE_SOCKET_DIR", parse_path, _SOCKET_DIR)
+    cache_dir: Path | None = setting(
+        None,
+        "DG_CACHE_DIR",
+        parse_path,
+        "base directory of the filesystem backend (default: ~/.cache/deltaglider)",
+    )
+
+    def __post_init__(self) -> None:
+        self._require("backend", self.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}")
+        for name in ("ephemeral", "no_cache", "report"):
+            self._require_boolean(name)
+        self._require_between("fallback_size_mb", 0, _MAX_MB)
+        self._require_between("ttl_seconds", 1, _MAX_SECONDS)
+        self._require_between("connect_timeout_ms", 1, 60_000)
+        self._require_absolute("socket_dir")
+        self._require_absolute("cache_dir")
+
+    @property
+    def fallback_bytes(self) -> int:
+        """The in-process cache's budget in bytes."""
+        return int(self.fallback_size_mb * MEBIBYTE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonSettings(_Checked):
+    """How the daemon serves.
+
+    Raises:
+        SettingsError: a value is out of range; the message names the setting.
+    """
+
+    memory_size_mb: float | None = setting(
+        None,
+        "DG_CACHE_MEMORY_SIZE_MB",
+        parse_number,
+        "byte budget in MiB (default: a tenth of the effective memory, at most 2048)",
+    )
+    ttl_seconds: float = setting(86_400, "DG_CACHE_TTL_SECONDS", parse_number, _TTL)
+    socket_dir: Path | None = setting(None, "DG_CACHE_SOCKET_DIR", parse_path, _SOCKET_DIR)
+
+    def __post_init__(self) -> None:
+        if self.memory_size_mb is not None:
+            self._require_between("memory_size_mb", 0.25, _MAX_MB)
+        self._require_between("ttl_seconds", 1, _MAX_SECONDS)
+        self._require_absolute("socket_dir")

@@ -1,0 +1,116 @@
+"""Admits calls: only through rpc.sock, and with a session only the session's own process.
+
+It wraps every handler, those of health and reflection too, so that no service can forget it. It is
+also where an error of the cache becomes a status of gRPC.
+"""
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from dgcache_core.errors import CacheError, CacheRefusedError
+from dgcached.registry import Peer, Registry
+from dgcached.sessions import Session
+from dgcached.statuses import UnauthenticatedError, abort_with
+
+SESSION_KEY = "dg-session"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes the call in progress."""
+
+    peer: Peer
+    session: Session | None
+
+    def require_session(self) -> Session:
+        """Return the session.
+
+        Raises:
+            UnauthenticatedError: the call has none.
+        """
+        if self.session is None:
+            raise UnauthenticatedError("this call needs a session: connect to session.sock first")
+        return self.session
+
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """Return who makes the call that this task serves."""
+    return _caller.get()
+
+
+class AdmissionInterceptor(aio.ServerInterceptor):
+    """See the module."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Return the handler, guarded."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        claimed = dict(handler_call_details.invocation_metadata or ()).get(SESSION_KEY)
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            behaviour = getattr(handler, kind)
+            if behaviour is not None:
+                return _with_behaviour(handler, kind, self._guarded(behaviour, claimed))
+        return handler
+
+    def _guarded(self, behaviour: Callable[..., Any], claimed: Any) -> Callable[..., Any]:
+        async def call(request: Any, context: aio.ServicerContext) -> Any:
+            try:
+                caller = self._admit(context, claimed)
+                if caller.session is None:
+                    return await behaviour(request, context)
+                async with caller.session.calls:
+                    return await behaviour(request, context)
+            except CacheError as error:
+                await abort_with(context, error)
+
+        async def stream(request: Any, context: aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                self._admit(context, claimed)
+                async for response in behaviour(request, context):
+                    yield response
+            except CacheError as error:
+                await abort_with(context, error)
+
+        return stream if inspect.isasyncgenfunction(behaviour) else call
+
+    def _admit(self, context: aio.ServicerContext, claimed: Any) -> Caller:
+        peer = self._registry.peer_of(context.peer())
+        if peer is None:
+            raise CacheRefusedError("this connection did not come through rpc.sock")
+        session = None
+        if claimed is not None:
+            session = self._registry.session_of(peer, str(claimed))
+            if session is None:
+                raise UnauthenticatedError("there is no such session of this process")
+        caller = Caller(peer, session)
+        _caller.set(caller)
+        return caller
+
+
+def _with_behaviour(
+    handler: grpc.RpcMethodHandler, kind: str, behaviour: Callable[..., Any]
+) -> grpc.RpcMethodHandler:
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    guarded: grpc.RpcMethodHandler = make(
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return guarded

@@ -1,0 +1,39 @@
+"""Every bound of the daemon, in one place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one user's clients can take of the daemon. Past a limit the daemon refuses; it never
+    queues without an end."""
+
+    connections: int = 256
+    """Connections to rpc.sock at once."""
+    sessions: int = 256
+    """Sessions at once."""
+    handshake_seconds: float = 5.0
+    """From accept to the first byte, and again to the end of the HTTP/2 handshake."""
+    relay_buffer_bytes: int = 256 << 10
+    """Buffered in each direction of a relay before its source is paused."""
+    calls_per_session: int = 16
+    """Calls in progress in one session, and streams on one connection; more wait."""
+    message_bytes: int = 4 << 20
+    """The largest gRPC message, in either direction."""
+    unread_descriptor_bytes: int = 6 << 10
+    """SO_SNDBUF of a session; the kernel doubles it and charges about 768 bytes for a descriptor
+    that nobody has read yet, so it holds 16."""
+    stores_at_once: int = 32
+    """Stores in progress, over all sessions."""
+    deposit_idle_seconds: float = 10.0
+    """How long the writer of a deposit may pause."""
+    deposit_bytes_per_second: int = 64 << 10
+    """The slowest writer of a deposit that is waited for."""
+    commit_seconds: float = 30.0
+    """From the last byte of a deposit to its CommitStore."""
+    decryptions_at_once: int = 2
+    """Lookups that decrypt at the same time."""
+    drain_seconds: float = 10.0
+    """What calls in progress get to finish after SIGTERM."""
+    backlog: int = 1024
+    """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

@@ -1,0 +1,176 @@
+"""rpc.sock: checks who connects, then carries bytes to the inner gRPC server and back.
+
+Both transports are paused from the start and resumed when both ends stand, or the first bytes would
+be lost. Each direction buffers at most `relay_buffer_bytes` and then pauses its source, so that a
+reader that never reads stops its own writer and nobody else.
+"""
+
+import asyncio
+import logging
+import secrets
+import socket
+from typing import cast
+
+from dgcache_core.errors import CacheRefusedError
+from dgcache_core.peers import require_same_user
+from dgcached.limits import Limits
+from dgcached.logs import event
+from dgcached.registry import Registry, identify
+
+
+class Listener:
+    """Serves rpc.sock until it is closed."""
+
+    def __init__(
+        self, listening: socket.socket, inner_path: str, registry: Registry, limits: Limits
+    ) -> None:
+        self._listening = listening
+        self._inner_path = inner_path
+        self._registry = registry
+        self._limits = limits
+        self._server: asyncio.Server | None = None
+        self._open: set[_Outer] = set()
+
+    async def start(self) -> None:
+        """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: _Outer(self), sock=self._listening, backlog=self._limits.backlog
+        )
+
+    def stop_accepting(self) -> None:
+        """Let nobody else in; what is connected goes on."""
+        if self._server is not None:
+            self._server.close()
+
+    def close(self) -> None:
+        """End every relay; `stop_accepting` comes first."""
+        for outer in list(self._open):
+            outer.end()
+
+    def _admit(self, outer: "_Outer", connection: socket.socket) -> "_Inner | None":
+        """Check the peer and open the inner end, or refuse."""
+        peer = identify(connection)
+        try:
+            require_same_user(peer.credentials)
+        except CacheRefusedError:
+            credentials = peer.credentials
+            event(
+                logging.WARNING,
+                "peer-refused",
+                socket="rpc",
+                uid=credentials.uid,
+                pid=credentials.pid,
+            )
+            return None
+        if self._registry.connections >= self._limits.connections:
+            event(logging.WARNING, "limit-reached", limit="connections", pid=peer.credentials.pid)
+            return None
+        inner = _Inner(outer, secrets.token_hex(16))
+        self._registry.add_connection(inner.name, peer)
+        self._open.add(outer)
+        return inner
+
+    def _connect_inner(self, name: str) -> socket.socket:
+        inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            inner.bind("\0" + name)
+            inner.connect(self._inner_path)
+        except OSError:
+            inner.close()
+            raise
+        return inner
+
+
+class _End(asyncio.Protocol):
+    """One end of a relay; `other` is where its bytes go."""
+
+    transport: asyncio.Transport
+    other: "_End | None" = None
+
+    def _hold(self, transport: asyncio.BaseTransport, buffer_bytes: int) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.pause_reading()
+        self.transport.set_write_buffer_limits(high=buffer_bytes)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None:
+            self.other.transport.write(data)
+
+    def pause_writing(self) -> None:
+        if self.other is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None:
+            self.other.transport.resume_reading()
+
+
+class _Outer(_End):
+    """The client's end. It owns the relay."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._inner: _Inner | None = None
+        self._joining: asyncio.Task[None] | None = None
+        self._spoke = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._hold(transport, self._listener._limits.relay_buffer_bytes)
+        self._inner = self._listener._admit(self, transport.get_extra_info("socket"))
+        if self._inner is None:
+            self.transport.abort()
+            return
+        self._joining = asyncio.ensure_future(self._join(self._inner))
+
+    async def _join(self, inner: "_Inner") -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            connection = self._listener._connect_inner(inner.name)
+            await loop.create_unix_connection(lambda: inner, sock=connection)
+        except OSError as error:
+            event(logging.ERROR, "relay-failed", reason=error.strerror)
+            self.end()
+            return
+        self.other, inner.other = inner, self
+        inner.transport.resume_reading()
+        self.transport.resume_reading()
+        loop.call_later(self._listener._limits.handshake_seconds, self._end_if_silent)
+
+    def data_received(self, data: bytes) -> None:
+        self._spoke = True
+        super().data_received(data)
+
+    def _end_if_silent(self) -> None:
+        if not self._spoke:
+            self.end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Take the name out of the registry, then close both ends."""
+        inner, self._inner = self._inner, None
+        if inner is None:
+            return
+        self._listener._registry.remove_connection(inner.name)
+        self._listener._open.discard(self)
+        if self._joining is not None and not self._joining.done() and inner.other is None:
+            self._joining.cancel()
+        if inner.other is not None:
+            inner.transport.close()
+        self.transport.close()
+
+
+class _Inner(_End):
+    """The end towards the gRPC server, bound to the abstract name `name`."""
+
+    def __init__(self, outer: _Outer, name: str) -> None:
+        self._outer = outer
+        self.name = name
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._hold(transport, self._outer._listener._limits.relay_buffer_bytes)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._outer.end()

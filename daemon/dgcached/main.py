@@ -1,0 +1,138 @@
+"""`dg-cached`: the entry point that reads the environment, once, and runs the daemon."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from dgcache_core.errors import CacheRefusedError, SettingsError
+from dgcache_core.settings import DaemonSettings, Resolved, resolve
+from dgcached import BUILD, logs
+from dgcached.hardening import harden, raise_descriptor_limit
+from dgcached.host_memory import Budget, choose_budget
+from dgcached.limits import Limits
+from dgcached.sockets import AlreadyServing, Listeners
+from dgcached.supervisor import Notifier, supervised_by_systemd, take_listeners
+
+EX_USAGE = 2
+EX_ALREADY = 75
+EX_REFUSED = 77
+EX_SETTINGS = 78
+
+_EPILOG = """\
+examples:
+  dg-cached                          serve in the foreground, log to standard error
+  DG_CACHE_MEMORY_SIZE_MB=512 dg-cached
+  systemctl --user start dg-cached   under systemd (dg-cache install --units-only)
+  dg-cache start                     in the background
+  dg-cache status                    what it does now
+
+exit status:
+  0 stopped by SIGTERM or SIGINT; 2 usage; 75 another dg-cached already serves there;
+  77 a directory or socket failed its check; 78 a setting does not parse
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the daemon and return its exit status."""
+    harden()
+    arguments = _parse(argv)
+    handed_over = take_listeners()
+    notifier = Notifier()
+    try:
+        resolved = resolve(
+            DaemonSettings,
+            os.environ,
+            {
+                "memory_size_mb": arguments.memory_size_mb,
+                "ttl_seconds": arguments.ttl_seconds,
+                "socket_dir": arguments.socket_dir,
+            },
+        )
+    except SettingsError as error:
+        return _fail(notifier, EX_SETTINGS, str(error))
+    log = logs.set_up(arguments.log_file, verbose=arguments.verbose)
+    budget = choose_budget(resolved.settings.memory_size_mb)
+    if budget.clamped:
+        logs.event(
+            logging.WARNING,
+            "budget-clamped",
+            wanted_bytes=budget.wanted_bytes,
+            max_bytes=budget.max_bytes,
+            effective_memory_bytes=budget.effective_bytes,
+        )
+    from dgcached.server import open_listeners  # grpc is loaded only once the settings are right
+
+    limits = Limits()
+    try:
+        listeners = open_listeners(resolved.settings, os.environ, handed_over, limits)
+    except AlreadyServing as answer:
+        return _fail(notifier, EX_ALREADY, f"{answer}: see dg-cache status")
+    except CacheRefusedError as error:
+        return _fail(notifier, EX_REFUSED, str(error))
+    raise_descriptor_limit()
+    supervisor = "systemd" if supervised_by_systemd() else "none"
+    asyncio.run(_serve(resolved, budget, listeners, notifier, limits, supervisor, log))
+    return 0
+
+
+async def _serve(
+    resolved: Resolved[DaemonSettings],
+    budget: Budget,
+    listeners: Listeners,
+    notifier: Notifier,
+    limits: Limits,
+    supervisor: str,
+    log: str,
+) -> None:
+    from dgcached.server import Daemon
+
+    daemon = Daemon(
+        resolved, budget, listeners, notifier, limits, supervisor=supervisor, log=log
+    )
+    await daemon.run()
+
+
+def _fail(notifier: Notifier, status: int, message: str) -> int:
+    notifier.notify(STATUS=message, ERRNO="1")
+    print(f"dg-cached: {message}", file=sys.stderr)
+    return status
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dg-cached",
+        description="Keep DeltaGlider's reference files warm for every process of this user.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--memory-size-mb", type=float, metavar="MB", help="byte budget (DG_CACHE_MEMORY_SIZE_MB)"
+    )
+    parser.add_argument(
+        "--ttl-seconds", type=float, metavar="S", help="life of an entry (DG_CACHE_TTL_SECONDS)"
+    )
+    parser.add_argument(
+        "--socket-dir", type=Path, metavar="DIR", help="place of the sockets (DG_CACHE_SOCKET_DIR)"
+    )
+    parser.add_argument(
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="log there instead of standard error, at most 1 MiB and the file before it",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log every detail")
+    parser.add_argument("--version", action="version", version=f"dg-cached {BUILD}")
+    arguments, rest = parser.parse_known_args(argv)
+    words = [word for word in rest if not word.startswith("-")]
+    if words:
+        parser.error(f"this is the daemon and takes no commands; did you mean `dg-cache {words[0]}`?")
+    if rest:
+        parser.error(f"unknown option {rest[0]}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

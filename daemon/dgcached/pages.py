@@ -1,0 +1,63 @@
+"""The store's own words as messages: entries in pages, figures for Status."""
+
+from bisect import bisect_right
+
+from dgcache_core.references import Sha256
+from dgcache_core.store import EntryInfo, StoreStatus
+from dgcache_proto.v1 import dgcache_pb2 as pb
+
+_LARGEST_PAGE = 1000
+_LISTED_DELTASPACES = 100
+
+
+def page_of_entries(
+    entries: list[EntryInfo], page_size: int, after: Sha256 | None
+) -> pb.ListResponse:
+    """Return the entries behind `after` in the order of their digests."""
+    ordered = sorted(entries, key=lambda entry: entry.sha256)
+    start = bisect_right(ordered, after, key=lambda entry: entry.sha256) if after else 0
+    end = start + (min(page_size, _LARGEST_PAGE) or _LARGEST_PAGE)
+    return pb.ListResponse(
+        entries=[entry_message(entry) for entry in ordered[start:end]], more=end < len(ordered)
+    )
+
+
+def entry_message(entry: EntryInfo) -> pb.Entry:
+    """Return one entry as a message."""
+    listed = entry.deltaspaces[:_LISTED_DELTASPACES]
+    return pb.Entry(
+        sha256=bytes.fromhex(entry.sha256),
+        size=entry.size,
+        deltaspaces=[pb.Deltaspace(bucket=d.bucket, prefix=d.prefix) for d in listed],
+        age_seconds=entry.age_seconds,
+        expires_in_seconds=entry.expires_in_seconds,
+        idle_seconds=entry.idle_seconds,
+        hits=entry.hits,
+        stored_by=entry.stored_by,
+        held=entry.held,
+    )
+
+
+def store_status_message(status: StoreStatus) -> pb.StoreStatus:
+    """Return how full the store is as a message."""
+    counters = status.counters
+    return pb.StoreStatus(
+        entries=status.entries,
+        bindings=status.bindings,
+        max_bytes=status.max_bytes,
+        max_entry_bytes=status.max_entry_bytes,
+        blob_bytes=status.blob_bytes,
+        handout_bytes=status.handout_bytes,
+        reserved_bytes=status.reserved_bytes,
+        handouts=status.handouts,
+        hits=counters.hits,
+        shared_hits=counters.shared_hits,
+        hit_bytes=counters.hit_bytes,
+        stores=counters.stores,
+        stored_bytes=counters.stored_bytes,
+        refused_stores=counters.refused_stores,
+        evictions=counters.evictions,
+        expirations=counters.expirations,
+        corruptions=counters.corruptions,
+        misses={str(reason): count for reason, count in counters.misses.items() if count},
+    )

@@ -1,0 +1,208 @@
+"""Puts the daemon together and carries it from the first socket to the last.
+
+Start: directory, lock, sockets, inner gRPC server, listeners, READY. Stop (SIGTERM, SIGINT): the
+names go first, then calls in progress get `drain_seconds`, then sessions end, then keys are erased.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.runtime_directory import candidates, make_first_usable
+from dgcache_core.settings import DaemonSettings, Resolved, declared
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcache_proto.v1 import dgcache_pb2_grpc
+from dgcached import BUILD
+from dgcached.admission import AdmissionInterceptor
+from dgcached.hardening import effective
+from dgcached.host_memory import Budget
+from dgcached.limits import Limits
+from dgcached.listener import Listener
+from dgcached.logs import event
+from dgcached.pages import store_status_message
+from dgcached.registry import Registry
+from dgcached.service import CacheService
+from dgcached.sessions import SessionListener
+from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
+from dgcached.supervisor import Notifier
+from dgcached.sweeper import Sweeper
+
+PROTOCOL = 1
+OLDEST_PROTOCOL = 1
+
+
+def open_listeners(
+    settings: DaemonSettings,
+    environ: Mapping[str, str],
+    handed_over: list[socket.socket],
+    limits: Limits,
+) -> Listeners:
+    """Use what systemd handed over, else listen in the first place that passes.
+
+    Raises:
+        AlreadyServing: another daemon serves there.
+        CacheRefusedError: no directory passes its check.
+    """
+    if handed_over:
+        return adopt_listeners(handed_over, limits.backlog)
+    directory, descriptor, refusals = make_first_usable(candidates(settings.socket_dir, environ))
+    for refusal in refusals:
+        event(logging.WARNING, "directory-refused", reason=refusal)
+    return make_listeners(directory, descriptor, limits.backlog)
+
+
+class Daemon:
+    """The running daemon; made and run inside one event loop."""
+
+    def __init__(
+        self,
+        resolved: Resolved[DaemonSettings],
+        budget: Budget,
+        listeners: Listeners,
+        notifier: Notifier,
+        limits: Limits,
+        *,
+        supervisor: str,
+        log: str,
+    ) -> None:
+        self._resolved = resolved
+        self._budget = budget
+        self._listeners = listeners
+        self._notifier = notifier
+        self._limits = limits
+        self._supervisor = supervisor
+        self._log = log
+        self._started = time.monotonic()
+        self._stop = asyncio.Event()
+        self._store = MemoryStore(
+            budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False
+        )
+        self._registry = Registry()
+        self._sweeper = Sweeper(self._store)
+        self._service = CacheService(
+            self._store, limits, on_change=self._sweeper.wake, describe=self._describe
+        )
+
+    async def run(self) -> None:
+        """Serve until a signal says stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        inner_path = self._listeners.path_of(INNER_SOCKET)
+        server, health = await self._start_inner(inner_path)
+        listener = Listener(self._listeners.rpc, inner_path, self._registry, self._limits)
+        sessions = SessionListener(
+            self._listeners.session, self._registry, self._limits, self._hello()
+        )
+        await listener.start()
+        sessions.start()
+        self._sweeper.start()
+        event(
+            logging.INFO,
+            "started",
+            build=BUILD,
+            directory=self._listeners.directory,
+            max_bytes=self._budget.max_bytes,
+            keys=self._store.status().key_protection,
+        )
+        self._notifier.notify(READY="1", STATUS=f"Serving in {self._listeners.directory}")
+        await self._stop.wait()
+        self._notifier.notify(STOPPING="1", STATUS="Finishing calls in progress")
+        event(logging.INFO, "stopping")
+        sessions.stop_accepting()
+        listener.stop_accepting()
+        self._listeners.withdraw()
+        await health.enter_graceful_shutdown()
+        await server.stop(self._limits.drain_seconds)
+        sessions.close()
+        listener.close()
+        await self._sweeper.stop()
+        await loop.run_in_executor(None, self._service.close)
+        self._store.close()
+        self._listeners.close()
+        event(logging.INFO, "stopped", uptime_seconds=round(time.monotonic() - self._started))
+
+    async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
+        """Start the gRPC server behind the listener."""
+        handshake_ms = int(self._limits.handshake_seconds * 1000)
+        server = aio.server(
+            interceptors=[AdmissionInterceptor(self._registry)],
+            options=[
+                ("grpc.max_concurrent_streams", self._limits.calls_per_session),
+                ("grpc.max_receive_message_length", self._limits.message_bytes),
+                ("grpc.max_send_message_length", self._limits.message_bytes),
+                ("grpc.server_handshake_timeout_ms", handshake_ms),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        dgcache_pb2_grpc.add_ReferenceCacheServicer_to_server(self._service, server)
+        health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        name = pb.DESCRIPTOR.services_by_name["ReferenceCache"].full_name
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((name, health_name, reflection.SERVICE_NAME), server)
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+        os.chmod(path, 0o600)  # noqa: PTH101 - gRPC made it with whatever the umask left
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return server, health
+
+    def _hello(self) -> pb.Hello:
+        return pb.Hello(
+            protocol=PROTOCOL,
+            oldest_protocol=OLDEST_PROTOCOL,
+            build=BUILD,
+            limits=pb.Limits(
+                max_entry_bytes=self._store.max_entry_bytes,
+                max_message_bytes=self._limits.message_bytes,
+                calls_per_session=self._limits.calls_per_session,
+                stores_at_once=self._limits.stores_at_once,
+            ),
+        )
+
+    def _describe(self) -> pb.StatusResponse:
+        status = self._store.status()
+        hardening = effective()
+        return pb.StatusResponse(
+            build=BUILD,
+            protocol=PROTOCOL,
+            pid=os.getpid(),
+            uptime_seconds=time.monotonic() - self._started,
+            supervisor=self._supervisor,
+            store=store_status_message(status),
+            sessions=len(self._registry.sessions),
+            connections=self._registry.connections,
+            stores_in_progress=self._service.stores_in_progress,
+            hardening=pb.Hardening(
+                **asdict(hardening),
+                keys=status.key_protection,
+                shares_handouts=status.shares_handouts,
+            ),
+            settings=self._effective_settings(),
+            log=self._log,
+        )
+
+    def _effective_settings(self) -> list[pb.EffectiveSetting]:
+        values = {
+            **asdict(self._resolved.settings),
+            "memory_size_mb": self._budget.max_bytes / (1 << 20),
+            "socket_dir": self._listeners.directory,
+        }
+        return [
+            pb.EffectiveSetting(
+                name=one.variable, value=str(values[field]), origin=self._resolved.origins[field]
+            )
+            for field, one in declared(DaemonSettings).items()
+        ]

@@ -1,0 +1,290 @@
+"""The gRPC service: turns messages into calls of the store, and handouts into descriptors.
+
+Decryption and hashing happen in worker threads; the event loop only looks things up. A handout that
+nobody waits for any more is closed by whoever finds out.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import TypeVar
+
+from grpc import aio
+
+from dgcache_core.aead import CHUNK_BYTES
+from dgcache_core.errors import CacheError, CacheFullError, InvalidReferenceError
+from dgcache_core.handouts import Handout
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.references import Deltaspace, Sha256, parse_sha256
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcache_proto.v1 import dgcache_pb2_grpc
+from dgcached.admission import current_caller
+from dgcached.deposits import Deposit
+from dgcached.limits import Limits
+from dgcached.pages import page_of_entries
+
+T = TypeVar("T")
+
+
+class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
+    """Implements `dgcache.v1.ReferenceCache`; the contract is in the .proto."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        limits: Limits,
+        *,
+        on_change: Callable[[], None],
+        describe: Callable[[], pb.StatusResponse],
+    ) -> None:
+        """Serve `store`.
+
+        Args:
+            store: where references live.
+            limits: the bounds.
+            on_change: called after the store handed something out or took something in.
+            describe: makes the answer to Status.
+        """
+        self._store = store
+        self._limits = limits
+        self._on_change = on_change
+        self._describe = describe
+        self._decryption = ThreadPoolExecutor(limits.decryptions_at_once, "dg-cache-lookup")
+        self._reading = ThreadPoolExecutor(limits.stores_at_once, "dg-cache-deposit")
+        self._deposits = 0
+
+    @property
+    def stores_in_progress(self) -> int:
+        """How many deposits are open."""
+        return self._deposits
+
+    def close(self) -> None:
+        """Wait for the worker threads; every session must be closed before."""
+        self._decryption.shutdown(wait=True)
+        self._reading.shutdown(wait=True)
+
+    # -- handing out ---------------------------------------------------------------------------
+
+    async def Lookup(  # noqa: N802
+        self, request: pb.LookupRequest, context: aio.ServicerContext
+    ) -> pb.LookupResponse:
+        """See the .proto."""
+        session = current_caller().require_session()
+        handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        try:
+            session.send_descriptor(
+                request.request_id, pb.Descriptor.PURPOSE_HANDOUT, handout.fd
+            )
+        finally:
+            os.close(handout.fd)
+        return pb.LookupResponse(size=handout.size)
+
+    async def Read(  # noqa: N802
+        self, request: pb.ReadRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.ReadResponse]:
+        """See the .proto."""
+        handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        try:
+            yield pb.ReadResponse(size=handout.size)
+            for offset in range(0, handout.size, CHUNK_BYTES):
+                yield pb.ReadResponse(data=os.pread(handout.fd, CHUNK_BYTES, offset))
+        finally:
+            os.close(handout.fd)
+
+    async def _handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
+        handout = self._store.lookup_shared(deltaspace, sha256)
+        if handout is None:
+            handout = await _run_owned(
+                self._decryption,
+                lambda: self._store.lookup(deltaspace, sha256),
+                lambda unwanted: os.close(unwanted.fd),
+            )
+        self._on_change()
+        return handout
+
+    # -- storing -------------------------------------------------------------------------------
+
+    async def BeginStore(  # noqa: N802
+        self, request: pb.BeginStoreRequest, context: aio.ServicerContext
+    ) -> pb.BeginStoreResponse:
+        """See the .proto."""
+        session = current_caller().require_session()
+        if request.request_id in session.deposits:
+            raise InvalidReferenceError("this request id is of a store in progress")
+        deposit = await self._open_deposit(
+            _deltaspace(request.deltaspace), request.size, request.expected_sha256
+        )
+        session.deposits[request.request_id] = deposit
+        write_end = deposit.lend()
+        try:
+            session.send_descriptor(request.request_id, pb.Descriptor.PURPOSE_DEPOSIT, write_end)
+        except CacheError:
+            del session.deposits[request.request_id]
+            deposit.cancel()
+            raise
+        finally:
+            os.close(write_end)
+        return pb.BeginStoreResponse()
+
+    async def CommitStore(  # noqa: N802
+        self, request: pb.CommitStoreRequest, context: aio.ServicerContext
+    ) -> pb.CommitStoreResponse:
+        """See the .proto."""
+        sha256 = await self._take_deposit(request.request_id).commit()
+        self._on_change()
+        return pb.CommitStoreResponse(sha256=bytes.fromhex(sha256))
+
+    async def AbortStore(  # noqa: N802
+        self, request: pb.AbortStoreRequest, context: aio.ServicerContext
+    ) -> pb.AbortStoreResponse:
+        """See the .proto."""
+        self._take_deposit(request.request_id).cancel()
+        return pb.AbortStoreResponse()
+
+    async def Write(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.WriteRequest], context: aio.ServicerContext
+    ) -> pb.WriteResponse:
+        """See the .proto."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "begin":
+            raise InvalidReferenceError("the first message of a Write is its begin")
+        deposit = await self._open_deposit(
+            _deltaspace(first.begin.deltaspace), first.begin.size, first.begin.expected_sha256
+        )
+        try:
+            await _pour(request_iterator, deposit.lend())
+            sha256 = await deposit.commit()
+        finally:
+            deposit.cancel()
+        self._on_change()
+        return pb.WriteResponse(sha256=bytes.fromhex(sha256))
+
+    async def _open_deposit(
+        self, deltaspace: Deltaspace, size: int, expected: bytes
+    ) -> Deposit:
+        """Reserve room and a place among the stores in progress."""
+        if self._deposits >= self._limits.stores_at_once:
+            raise CacheFullError(f"{self._deposits} stores are in progress, more are not admitted")
+        digest = _sha256(expected) if expected else None
+        ingest = self._store.begin(
+            size, deltaspace, expected=digest, stored_by=str(current_caller().peer)
+        )
+        try:
+            deposit = Deposit(ingest, self._limits, self._reading)
+        except OSError as error:
+            raise CacheFullError(f"no descriptors for a store: {error.strerror}") from error
+        self._deposits += 1
+        deposit.when_ended(self._count_ended)
+        return deposit
+
+    def _count_ended(self) -> None:
+        self._deposits -= 1
+
+    def _take_deposit(self, request_id: int) -> Deposit:
+        deposit = current_caller().require_session().deposits.pop(request_id, None)
+        if deposit is None:
+            raise InvalidReferenceError("this session has no such store in progress")
+        return deposit
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    async def Contains(  # noqa: N802
+        self, request: pb.ContainsRequest, context: aio.ServicerContext
+    ) -> pb.ContainsResponse:
+        """See the .proto."""
+        reason = self._store.miss_reason(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        return pb.ContainsResponse(contained=reason is None, miss_reason=reason or "")
+
+    async def Evict(  # noqa: N802
+        self, request: pb.EvictRequest, context: aio.ServicerContext
+    ) -> pb.EvictResponse:
+        """See the .proto."""
+        freed = self._store.evict(_deltaspace(request.deltaspace))
+        return pb.EvictResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
+
+    async def Clear(  # noqa: N802
+        self, request: pb.ClearRequest, context: aio.ServicerContext
+    ) -> pb.ClearResponse:
+        """See the .proto."""
+        freed = await asyncio.get_running_loop().run_in_executor(None, self._store.clear)
+        return pb.ClearResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
+
+    async def List(  # noqa: N802
+        self, request: pb.ListRequest, context: aio.ServicerContext
+    ) -> pb.ListResponse:
+        """See the .proto."""
+        after = _sha256(request.after_sha256) if request.after_sha256 else None
+        return page_of_entries(self._store.entries(), request.page_size, after)
+
+    async def Status(  # noqa: N802
+        self, request: pb.StatusRequest, context: aio.ServicerContext
+    ) -> pb.StatusResponse:
+        """See the .proto."""
+        return self._describe()
+
+
+def _deltaspace(message: pb.Deltaspace) -> Deltaspace:
+    return Deltaspace(message.bucket, message.prefix)
+
+
+def _sha256(raw: bytes) -> Sha256:
+    return parse_sha256(raw.hex())
+
+
+async def _run_owned(
+    executor: Executor, make: Callable[[], T], dispose: Callable[[T], None]
+) -> T:
+    """Run `make` in a thread; what it makes is disposed of if this task is cancelled meanwhile."""
+    made = asyncio.get_running_loop().run_in_executor(executor, make)
+
+    def dispose_of(future: "asyncio.Future[T]") -> None:
+        if not future.cancelled() and future.exception() is None:
+            dispose(future.result())
+
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(dispose_of)
+        raise
+
+
+async def _pour(requests: AsyncIterator[pb.WriteRequest], write_end: int) -> None:
+    """Write the data of every message into a pipe, and close it. The reader's limits bound it."""
+    os.set_blocking(write_end, False)
+    try:
+        async for request in requests:
+            data = memoryview(request.data)
+            while data:
+                try:
+                    data = data[os.write(write_end, data) :]
+                except BlockingIOError:
+                    await _writable(write_end)
+                except BrokenPipeError:
+                    return  # the reader gave up and will say why at the commit
+    finally:
+        os.close(write_end)
+
+
+async def _writable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    with _watching(loop, descriptor, ready):
+        await ready
+
+
+@contextmanager
+def _watching(
+    loop: asyncio.AbstractEventLoop, descriptor: int, ready: "asyncio.Future[None]"
+) -> Iterator[None]:
+    def on_ready() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_writer(descriptor, on_ready)
+    try:
+        yield
+    finally:
+        loop.remove_writer(descriptor)

@@ -1,0 +1,163 @@
+"""session.sock: each connection is a session, alive exactly as long as its socket.
+
+The daemon speaks first (Hello) and later sends descriptors; the client sends nothing in version 1
+of the protocol, so a packet from it ends the session, and descriptors it sends are dropped by the
+kernel. A session owns its deposits: its end aborts them.
+"""
+
+import asyncio
+import logging
+import secrets
+import socket
+from array import array
+from contextlib import suppress
+
+from dgcache_core.errors import CacheFullError, CacheRefusedError, CacheUnavailableError
+from dgcache_core.peers import require_same_user
+from dgcache_proto.v1 import dgcache_pb2
+from dgcached.deposits import Deposit
+from dgcached.limits import Limits
+from dgcached.logs import event
+from dgcached.registry import Peer, Registry, identify
+
+_LONGEST_PACKET = 4096
+
+
+class Session:
+    """One client, as long as it is connected."""
+
+    def __init__(self, connection: socket.socket, peer: Peer, limits: Limits) -> None:
+        self.id = secrets.token_bytes(16)
+        self.peer = peer
+        self.calls = asyncio.Semaphore(limits.calls_per_session)
+        self.deposits: dict[int, Deposit] = {}
+        self.connection = connection
+
+    def send(self, message: dgcache_pb2.SessionMessage, descriptor: int | None = None) -> None:
+        """Send one packet, with a descriptor that stays the caller's to close.
+
+        Raises:
+            CacheFullError: the client holds as many unread descriptors as it may.
+            CacheUnavailableError: the session is over.
+        """
+        ancillary = []
+        if descriptor is not None:
+            rights = array("i", [descriptor])
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            self.connection.sendmsg([message.SerializeToString()], ancillary, flags)
+        except BlockingIOError as error:
+            raise CacheFullError("this session has too many descriptors it has not read") from error
+        except OSError as error:
+            raise CacheUnavailableError(f"the session is over: {error.strerror}") from error
+
+    def send_descriptor(
+        self, request_id: int, purpose: "dgcache_pb2.Descriptor.Purpose.ValueType", descriptor: int
+    ) -> None:
+        """Send a descriptor for a call. Raises as `send`."""
+        announced = dgcache_pb2.Descriptor(request_id=request_id, purpose=purpose)
+        self.send(dgcache_pb2.SessionMessage(descriptor=announced), descriptor)
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.peer}>"
+
+
+class SessionListener:
+    """Serves session.sock until it is closed."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        registry: Registry,
+        limits: Limits,
+        hello: dgcache_pb2.Hello,
+    ) -> None:
+        self._listening = listening
+        self._registry = registry
+        self._limits = limits
+        self._hello = hello
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._loop.add_reader(self._listening, self._accept)
+
+    def stop_accepting(self) -> None:
+        """Let nobody else in."""
+        if self._resume is not None:
+            self._resume.cancel()
+        self._loop.remove_reader(self._listening)
+
+    def close(self) -> None:
+        """End every session; `stop_accepting` comes first."""
+        for session in self._registry.sessions:
+            self._end(session)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:  # EMFILE, ENFILE: pause, or the loop would spin on the same event
+            event(logging.ERROR, "accept-failed", socket="session", reason=error.strerror)
+            self._loop.remove_reader(self._listening)
+            self._resume = self._loop.call_later(1, self.start)
+            return
+        connection.setblocking(False)
+        session = self._admit(connection)
+        if session is None:
+            connection.close()
+
+    def _admit(self, connection: socket.socket) -> Session | None:
+        peer = identify(connection)
+        try:
+            require_same_user(peer.credentials)
+        except CacheRefusedError:
+            credentials = peer.credentials
+            event(
+                logging.WARNING,
+                "peer-refused",
+                socket="session",
+                uid=credentials.uid,
+                pid=credentials.pid,
+            )
+            return None
+        if len(self._registry.sessions) >= self._limits.sessions:
+            event(logging.WARNING, "limit-reached", limit="sessions", pid=peer.credentials.pid)
+            return None
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.unread_descriptor_bytes
+        )
+        session = Session(connection, peer, self._limits)
+        hello = dgcache_pb2.Hello()
+        hello.CopyFrom(self._hello)
+        hello.session_id = session.id
+        try:
+            session.send(dgcache_pb2.SessionMessage(hello=hello))
+        except (CacheFullError, CacheUnavailableError):
+            return None
+        self._registry.add_session(session)
+        self._loop.add_reader(connection, self._read, session)
+        return session
+
+    def _read(self, session: Session) -> None:
+        try:
+            packet = session.connection.recv(_LONGEST_PACKET)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            packet = b""
+        if packet:
+            event(logging.WARNING, "session-ended", reason="unexpected packet", peer=session.peer)
+        self._end(session)
+
+    def _end(self, session: Session) -> None:
+        self._registry.remove_session(session)
+        self._loop.remove_reader(session.connection)
+        for deposit in session.deposits.values():
+            deposit.cancel()
+        session.deposits.clear()
+        with suppress(OSError):
+            session.connection.close()

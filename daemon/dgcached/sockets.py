@@ -1,0 +1,136 @@
+"""The two listening sockets: made here or handed over by systemd, and who may make them.
+
+A lock on `daemon.lock` decides who serves in a directory; it ends with the process, so what is
+found under a free lock is stale. A socket is bound under a temporary name and renamed over the old
+one: a client finds the old or the new, never none.
+"""
+
+import fcntl
+import os
+import secrets
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgcache_core.directories import open_private_directory
+from dgcache_core.errors import CacheRefusedError
+from dgcache_core.runtime_directory import RPC_SOCKET, SESSION_SOCKET
+
+LOCK_FILE = "daemon.lock"
+INNER_SOCKET = "inner.sock"
+_SOCKET_MODE = 0o600
+_SO_PASSRIGHTS = 83  # Linux 6.17
+
+
+class AlreadyServing(Exception):  # noqa: N818 - an answer, not an error
+    """Another daemon serves in this directory."""
+
+
+@dataclass(slots=True)
+class Listeners:
+    """The sockets, their vetted directory, and the lock that makes them ours."""
+
+    directory: Path
+    directory_fd: int
+    lock_fd: int
+    session: socket.socket
+    rpc: socket.socket
+    made_here: bool
+
+    def withdraw(self) -> None:
+        """Take the names away first, so that nobody comes any more; systemd's stay with it."""
+        names = [INNER_SOCKET, *([SESSION_SOCKET, RPC_SOCKET] if self.made_here else [])]
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.directory_fd)
+
+    def close(self) -> None:
+        """Close the sockets and give up the lock. `withdraw` comes first."""
+        self.session.close()
+        self.rpc.close()
+        os.close(self.lock_fd)
+        os.close(self.directory_fd)
+
+    def path_of(self, name: str) -> str:
+        """Return a path that no rename can redirect and that fits into sun_path (unix(7))."""
+        return f"/proc/self/fd/{self.directory_fd}/{name}"
+
+
+def make_listeners(directory: Path, directory_fd: int, backlog: int) -> Listeners:
+    """Take the directory over and listen in it. Takes ownership of `directory_fd`.
+
+    Raises:
+        AlreadyServing: somebody else holds the lock.
+    """
+    lock_fd = _take_lock(directory, directory_fd)
+    rpc = _bind(directory_fd, RPC_SOCKET, socket.SOCK_STREAM, backlog)
+    session = _bind(directory_fd, SESSION_SOCKET, socket.SOCK_SEQPACKET, backlog)
+    return Listeners(directory, directory_fd, lock_fd, session, rpc, made_here=True)
+
+
+def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners:
+    """Use the sockets systemd made, after vetting the directory they are in.
+
+    `listen` is called again: it stamps the sockets with our credentials in place of the manager's
+    (unix(7), SO_PEERCRED), and sets the backlog.
+
+    Raises:
+        AlreadyServing: somebody else holds the lock.
+        CacheRefusedError: these are not the two sockets, or their directory fails its check.
+    """
+    by_type = {listener.type: listener for listener in handed_over}
+    if len(handed_over) != 2 or set(by_type) != {socket.SOCK_STREAM, socket.SOCK_SEQPACKET}:
+        raise CacheRefusedError(
+            "systemd must hand over one stream and one sequential-packet socket: "
+            "run dg-cache install --units-only again"
+        )
+    directory = Path(by_type[socket.SOCK_SEQPACKET].getsockname()).parent
+    directory_fd = open_private_directory(directory)
+    lock_fd = _take_lock(directory, directory_fd)
+    for listener in handed_over:
+        listener.listen(backlog)
+        listener.setblocking(False)
+        _refuse_descriptors(listener)
+    return Listeners(
+        directory,
+        directory_fd,
+        lock_fd,
+        by_type[socket.SOCK_SEQPACKET],
+        by_type[socket.SOCK_STREAM],
+        made_here=False,
+    )
+
+
+def _take_lock(directory: Path, directory_fd: int) -> int:
+    lock_fd = os.open(
+        LOCK_FILE,
+        os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+        _SOCKET_MODE,
+        dir_fd=directory_fd,
+    )
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock_fd)
+        os.close(directory_fd)
+        raise AlreadyServing(f"a dg-cached already serves in {directory}") from None
+    return lock_fd
+
+
+def _bind(directory_fd: int, name: str, kind: socket.SocketKind, backlog: int) -> socket.socket:
+    temporary = f".{secrets.token_hex(8)}"
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    path = f"/proc/self/fd/{directory_fd}/{temporary}"
+    listener.bind(path)
+    os.chmod(path, _SOCKET_MODE)  # noqa: PTH101 - not reachable by others before: the directory is 0700
+    listener.listen(backlog)
+    _refuse_descriptors(listener)
+    os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)  # noqa: PTH104
+    return listener
+
+
+def _refuse_descriptors(listener: socket.socket) -> None:
+    """Where the kernel can, senders of descriptors get EPERM; elsewhere recv(2) drops them."""
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)

@@ -1,0 +1,49 @@
+"""What systemd gives and wants: listening sockets and notifications, by its two small protocols.
+
+sd_listen_fds(3) and sd_notify(3) are environment variables and one datagram; both man pages
+suggest speaking them directly.
+"""
+
+import os
+import socket
+
+_FIRST_DESCRIPTOR = 3
+
+
+def take_listeners() -> list[socket.socket]:
+    """Return the sockets that were handed over, and forget the variables that told of them."""
+    own = os.environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(os.environ.get("LISTEN_FDS", "0")) if own else 0
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
+    listeners = []
+    for descriptor in range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count):
+        os.set_inheritable(descriptor, False)
+        listeners.append(socket.socket(fileno=descriptor))
+    return listeners
+
+
+class Notifier:
+    """Tells whoever started us how we are; silent where nobody asked."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def notify(self, **states: str) -> None:
+        """Send assignments such as READY="1". A supervisor that is gone is no reason to stop."""
+        if not self._address:
+            return
+        message = "\n".join(f"{name}={value}" for name, value in states.items())
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(1)
+            try:
+                sender.sendto(message.encode(), address)
+            except OSError:
+                self._address = ""
+
+
+def supervised_by_systemd() -> bool:
+    """INVOCATION_ID is set for every process of a unit (systemd.exec(5)); SYSTEMD_EXEC_PID names
+    the main one, so that a daemon started by hand from a unit's shell is not mistaken for it."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())

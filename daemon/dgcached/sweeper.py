@@ -1,0 +1,55 @@
+"""Gives back what has expired and what nobody holds, and sleeps while there is neither.
+
+The kernel does not tell when a handout's last holder goes, so that is polled, but only while
+something is held.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from dgcache_core.memory_store import MemoryStore
+
+_POLL_SECONDS = 0.25
+_LONGEST_NAP_SECONDS = 3600.0
+
+
+class Sweeper:
+    """One task over one store."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._task = asyncio.create_task(self._run(), name="sweeper")
+
+    def wake(self) -> None:
+        """Tell that the store handed something out or took something in."""
+        self._changed.set()
+
+    async def stop(self) -> None:
+        """End the task."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._store.handouts_outstanding:
+                await asyncio.sleep(_POLL_SECONDS)
+            else:
+                await self._nap()
+            self._changed.clear()
+            await loop.run_in_executor(None, self._store.sweep)
+
+    async def _nap(self) -> None:
+        """Wait for the next change or the next expiry."""
+        next_expiry = self._store.seconds_to_next_expiry()
+        seconds = None if next_expiry is None else max(0.0, next_expiry)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, _LONGEST_NAP_SECONDS) if seconds is not None else None):
+                await self._changed.wait()

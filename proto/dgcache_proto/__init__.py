@@ -1,0 +1,1 @@
+"""The contract between dg-cached and its clients, generated from the `.proto` files beside it."""
