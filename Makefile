@@ -77,8 +77,8 @@ constraints: | python
 	done
 
 python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "dg-cached needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "dg-cached needs Python 3.11 or newer. $(PYTHON) says: $$($(PYTHON) --version 2>&1)" >&2; \
 		echo "Name one that is: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
 
 xdelta3: | python

@@ -59,12 +59,12 @@ def _wait_until_ready(
     ended = os.pidfd_open(process.pid)
     try:
         while True:
-            ready, _, _ = select.select(
-                [listener, ended], [], [], max(0, deadline - time.monotonic())
-            )
-            if listener in ready and b"READY=1" in listener.recv(4096).split(b"\n"):
+            left = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([listener.fileno(), ended], [], [], left)
+            told = listener.fileno() in ready
+            if told and b"READY=1" in listener.recv(4096).split(b"\n"):
                 return
-            if listener not in ready:
+            if not told:
                 what = "ended" if ready else f"was not ready within {START_SECONDS:.0f} s"
                 raise TestbedError(f"dg-cached {what}: {last_words(log)}")
     finally:

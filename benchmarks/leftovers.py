@@ -1,11 +1,11 @@
 """What a run of DeltaGlider can leave outside the clone: its directory in /tmp.
 
-DeltaGlider 6.2.0 makes `/tmp/deltaglider-…` whatever TMPDIR says, and removes it when it exits as it
-should; one that is killed leaves it, with whatever reference was in it.
+DeltaGlider 6.2.0 makes `/tmp/deltaglider-…` whatever TMPDIR says, and removes it when it exits as
+it should; one that is killed leaves it, with whatever reference was in it.
 
 Such a directory may as well belong to another DeltaGlider of this user that is running now. Whoever
-owns one has loaded cryptography before it made it, so a directory is an orphan only where no process
-that has is alive. dg-cached has too, but it is no DeltaGlider.
+owns one has loaded cryptography before it made it, so a directory is an orphan only where no
+process that has is alive. dg-cached has too, but it is no DeltaGlider.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
 """Run one program, bounded, measured, and gone when this returns or raises.
 
-A signal never raises in the middle of something: `Interruption` notes it, and whoever waits or works
-in steps asks. A child is a process group of its own, so that Ctrl-C reaches us alone and we end what
-we started, by its id, in order: SIGINT, which lets DeltaGlider remove its directory in /tmp, then
-SIGKILL.
+A signal never raises in the middle of something: `Interruption` notes it, and whoever waits or
+works in steps asks. A child is a process group of its own, so that Ctrl-C reaches us alone and we
+end what we started, by its id, in order: SIGINT, which lets DeltaGlider remove its directory in
+/tmp, then SIGKILL.
 
-Peak memory is wait4(2)'s ru_maxrss: the largest resident set among the child and those it waited for
-(xdelta3). The kernel starts that mark at what we held at exec(2), so this process must stay smaller
-than what it measures: files are read in blocks here.
+Peak memory is wait4(2)'s ru_maxrss: the largest resident set among the child and those it waited
+for (xdelta3). The kernel starts that mark at what we held at exec(2), so this process must stay
+smaller than what it measures: files are read in blocks here.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ INTERRUPT_SECONDS = 15.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - an answer, not an error
     """A signal asked for the end."""
 
     def __init__(self, number: int) -> None:
@@ -125,7 +125,7 @@ def run(
             process_group=0,
         )
     with _ended_at_last(process), _pidfd(process) as ended:
-        ready, _, _ = select.select([ended, interruption], [], [], seconds)
+        ready, _, _ = select.select([ended, interruption.fileno()], [], [], seconds)
         took = time.monotonic() - start
         interruption.check()
         if ended not in ready:

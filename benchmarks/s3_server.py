@@ -1,7 +1,8 @@
 """A real S3 server in a process of its own: moto's application over HTTP on loopback.
 
-`python -m benchmarks.s3_server` prints one line, its URL, once it listens, and serves until SIGTERM,
-SIGINT, or until its standard input closes, so that it cannot outlive the program that started it.
+`python -m benchmarks.s3_server` prints one line, its URL, once it listens, and serves until
+SIGTERM, SIGINT, or until its standard input closes, so that it cannot outlive the program that
+started it.
 
 `GET /__counts__` answers how often each (method, path) was asked for, as a JSON list of
 `[method, path, count]`; `DELETE /__counts__` forgets them. These two are not counted.
@@ -108,7 +109,7 @@ class _Handler(MotoRequestHandler):
             print(message % args, file=sys.stderr, flush=True)
 
 
-class _Stopped(Exception):
+class _Stopped(Exception):  # noqa: N818 - an answer, not an error
     """A signal asked the server to end."""
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -59,9 +60,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class S3Server:
     """An S3 server in a process of its own, alive inside the `with` block."""
 
-    def __init__(
-        self, *, bytes_per_second: float = 0, spool_directory: Path | None = None
-    ) -> None:
+    def __init__(self, *, bytes_per_second: float = 0, spool_directory: Path | None = None) -> None:
         """Prepare the server.
 
         Args:
@@ -70,9 +69,9 @@ class S3Server:
         """
         self._bytes_per_second = bytes_per_second
         self._spool_directory = spool_directory
-        self._errors: IO[bytes] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._stack = ExitStack()
         self.url = ""
+        self.pid = 0
 
     def __enter__(self) -> Self:
         """Start the server; return when it listens.
@@ -83,24 +82,26 @@ class S3Server:
         environment = clean_environment()
         if self._spool_directory is not None:
             environment["TMPDIR"] = str(self._spool_directory)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.s3_server"),
-                *("--bytes-per-second", str(self._bytes_per_second)),
-            ],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            process_group=0,  # Ctrl-C in a terminal is for the program that started it
-        )
-        try:
-            self.url = self._read_url()
-        except BaseException:
-            self._end()
-            raise
+        with ExitStack() as stack:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            lifeline, _ = _pipe(stack)
+            output, output_end = _pipe(stack)
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "benchmarks.s3_server"),
+                    *("--bytes-per-second", str(self._bytes_per_second)),
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdin=lifeline,
+                stdout=output_end,
+                stderr=errors,
+                process_group=0,  # Ctrl-C in a terminal is for the program that started it
+            )
+            stack.callback(end_process, process, STOP_SECONDS)
+            output_end.close()  # so that its end is seen when the server ends
+            self.url, self.pid = _read_url(output, errors), process.pid
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -110,12 +111,7 @@ class S3Server:
         trace: TracebackType | None,
     ) -> None:
         """End the server."""
-        self._end()
-
-    @property
-    def pid(self) -> int:
-        """The server's process id."""
-        return self._running.pid
+        self._stack.close()
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the whole environment of a process that shall use this server, `extra` added."""
@@ -175,41 +171,28 @@ class S3Server:
         finally:
             connection.close()
 
-    @property
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is None:
-            raise TestbedError("the S3 server is not running: use it in a with block")
-        return self._process
 
-    def _read_url(self) -> str:
-        output = self._running.stdout
-        assert output is not None
-        deadline = time.monotonic() + START_SECONDS
-        line = b""
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([output], [], [], max(0, deadline - time.monotonic()))
-            block = os.read(output.fileno(), 1024) if ready else b""
-            if not block:
-                what = "ended" if ready else f"did not listen within {START_SECONDS:.0f} s"
-                raise TestbedError(f"the S3 server {what}: {self._last_words()}")
-            line += block
-        return line.decode().strip()
+def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe()
+    return (
+        stack.enter_context(os.fdopen(reader, "rb", 0)),
+        stack.enter_context(os.fdopen(writer, "wb", 0)),
+    )
 
-    def _last_words(self) -> str:
-        assert self._errors is not None
-        self._errors.seek(0)
-        return self._errors.read()[-2000:].decode(errors="replace").strip()
 
-    def _end(self) -> None:
-        if self._process is not None:
-            end_process(self._process, STOP_SECONDS)
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                pipe.close()
-            self._process = None
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
+def _read_url(output: IO[bytes], errors: IO[bytes]) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    line = b""
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([output], [], [], max(0, deadline - time.monotonic()))
+        block = os.read(output.fileno(), 1024) if ready else b""
+        if not block:
+            errors.seek(0)
+            words = errors.read()[-2000:].decode(errors="replace").strip()
+            what = "ended" if ready else f"did not listen within {START_SECONDS:.0f} s"
+            raise TestbedError(f"the S3 server {what}: {words}")
+        line += block
+    return line.decode().strip()
 
 
 def end_process(process: "subprocess.Popen[bytes]", seconds: float) -> int:

@@ -1,7 +1,7 @@
 """The demo's own directory below `.demo/` in the clone, and nothing of it left behind.
 
-Each run holds a lock (flock(2)) on its directory, taken before the directory has its name. What has a
-name and no lock is from a run that was killed, and goes. The last run to end removes `.demo/`.
+Each run holds a lock (flock(2)) on its directory, taken before the directory has its name. What
+has a name and no lock is from a run that was killed, and goes. The last run removes `.demo/`.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def workshop(base: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def socket_directory(place: Path) -> Iterator[tuple[Path, str]]:
-    """Make a directory dg-cached accepts for its sockets: below `place` where that passes its check.
+    """Make a directory dg-cached accepts for its sockets, below `place` where that one passes.
 
     It does not where others may write to the clone or to a directory above it, as with umask 0002.
 

@@ -53,7 +53,10 @@ def _administrator() -> list[str] | None:
         return []
     if shutil.which("sudo"):
         asked = subprocess.run(
-            ["sudo", "-n", "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            ["sudo", "-n", "true"],  # noqa: S607 - whichever sudo this user runs
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
         )
         if asked.returncode == 0:
             return ["sudo", "-n"]

@@ -304,7 +304,7 @@ class ReferenceCache:
             if time.monotonic() < self._look_again_at:
                 return None
             try:
-                self._remote = _connect(self._settings)
+                self._remote = connect(self._settings)
             except CacheError as error:
                 self._pause(error)
                 return None
@@ -476,7 +476,13 @@ def _read_pieces(source: Source) -> Iterator[memoryview]:
         yield buffer[:count]
 
 
-def _connect(settings: Settings) -> Any:
+def connect(settings: Settings) -> Any:
+    """Return the daemon's backend, without a fallback.
+
+    Raises:
+        CacheUnavailableError: there is no daemon that can be used.
+        CacheRefusedError: a directory or the daemon's uid failed its check.
+    """
     session = Session.connect(
         settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000
     )

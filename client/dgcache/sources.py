@@ -8,7 +8,7 @@ first, never into a file on disk.
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -151,6 +151,35 @@ def opened(source: StoreSource, max_spool_bytes: int) -> Iterator[Source]:
         raise InvalidReferenceError(
             f"cannot store a {type(source).__name__}: give a path, a binary file, a descriptor or bytes"
         )
+
+
+class WatchedSource:
+    """Another source, with a callback that hears how many bytes moved."""
+
+    def __init__(self, source: Source, progress: Callable[[int], None]) -> None:
+        self._source = source
+        self._progress = progress
+        self.size = source.size
+
+    def rewind(self) -> None:
+        """See `Source`."""
+        self._source.rewind()
+
+    def read_into(self, view: memoryview) -> int:
+        """See `Source`."""
+        return self._reported(self._source.read_into(view))
+
+    def send_into(self, pipe: int) -> int:
+        """See `Source`."""
+        return self._reported(self._source.send_into(pipe))
+
+    def require_unchanged(self) -> None:
+        """See `Source`."""
+        self._source.require_unchanged()
+
+    def _reported(self, count: int) -> int:
+        self._progress(count)
+        return count
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The `dg-cache` command."""

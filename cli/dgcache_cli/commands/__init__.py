@@ -1,0 +1,1 @@
+"""The commands of `dg-cache`, a module for each group."""

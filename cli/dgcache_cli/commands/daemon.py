@@ -1,0 +1,194 @@
+"""start, stop, restart, status, logs: the daemon itself."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from dgcache import Settings, launcher
+from dgcache.cache import connect
+from dgcache_cli import exits
+from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
+from dgcache_core.errors import CacheError, CacheUnavailableError
+
+_UNITS = ("dg-cached.socket", "dg-cached.service")
+_PATIENT_MS = 2000
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this group's commands."""
+    start = commands.add_parser("start", help="start the daemon; returns when it serves")
+    start.add_argument("--memory-size-mb", type=float, metavar="MB", help="its byte budget in MiB")
+    start.add_argument("--ttl-seconds", type=float, metavar="S", help="life of an entry")
+    start.set_defaults(run=_start)
+
+    stop = commands.add_parser("stop", help="stop the daemon; returns when it has ended")
+    stop.set_defaults(run=_stop)
+
+    restart = commands.add_parser("restart", help="stop, then start; the cache begins empty")
+    restart.set_defaults(run=_restart, memory_size_mb=None, ttl_seconds=None)
+
+    status = commands.add_parser("status", help="how the daemon is, and what it saved")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
+
+    logs = commands.add_parser("logs", help="what the daemon logged")
+    logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="the last N lines")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
+    logs.set_defaults(run=_logs)
+
+
+def patient(settings: Settings) -> Settings:
+    """Return settings for somebody who asks for the daemon: it may take its time to answer."""
+    import dataclasses
+
+    return dataclasses.replace(
+        settings, connect_timeout_ms=max(_PATIENT_MS, settings.connect_timeout_ms)
+    )
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    options: list[str] = []
+    if arguments.memory_size_mb is not None:
+        options += ["--memory-size-mb", str(arguments.memory_size_mb)]
+    if arguments.ttl_seconds is not None:
+        options += ["--ttl-seconds", str(arguments.ttl_seconds)]
+    started = launcher.start(os.environ, settings.socket_dir, options=tuple(options))
+    status = _ask(settings)
+    serving = f"in {status['directory']} (pid {status['pid']})"
+    print(f"dg-cached started {serving}" if started else f"dg-cached already serves {serving}")
+    return exits.OK
+
+
+def _stop(_: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    try:
+        status = _ask(settings)
+    except CacheUnavailableError:
+        print("dg-cached is not running")
+        return exits.OK
+    if status["supervisor"] == "systemd":
+        return _systemctl("stop", *_UNITS)
+    launcher.stop(settings.socket_dir, os.environ)
+    print(f"dg-cached (pid {status['pid']}) stopped")
+    return exits.OK
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    try:
+        supervisor = _ask(Settings.from_environment())["supervisor"]
+    except CacheError:
+        supervisor = "none"
+    if supervisor == "systemd":
+        return _systemctl("restart", _UNITS[1])
+    return _stop(arguments) or _start(arguments)
+
+
+def _systemctl(verb: str, *units: str) -> int:
+    done = subprocess.run(["systemctl", "--user", verb, *units], check=False)  # noqa: S607
+    if done.returncode != 0:
+        raise CacheUnavailableError(
+            f"systemctl --user {verb} failed: see systemctl --user status {units[-1]}"
+        )
+    return exits.OK
+
+
+def _ask(settings: Settings) -> dict[str, Any]:
+    backend = connect(patient(settings))
+    try:
+        status: dict[str, Any] = backend.status()
+        return status
+    finally:
+        backend.close()
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status = _ask(Settings.from_environment())
+    if arguments.json:
+        print_json(status)
+    else:
+        print_fields(_described(status))
+    return exits.OK
+
+
+def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
+    store, hardening = status["store"], status["hardening"]
+    used = store["blob_bytes"] + store["handout_bytes"] + store["reserved_bytes"]
+    supervised = "under systemd" if status["supervisor"] == "systemd" else "on its own"
+    asked = store["hits"] + sum(store["misses"].values())
+    misses = ", ".join(f"{count} {reason}" for reason, count in sorted(store["misses"].items()))
+    return [
+        ("dg-cached", f"{status['build']}, pid {status['pid']}, {supervised}"),
+        ("up for", human_seconds(status["uptime_seconds"])),
+        ("directory", status["directory"]),
+        ("logs to", status["log"]),
+        (
+            "memory",
+            f"{human_size(used)} of {human_size(store['max_bytes'])}: "
+            f"{human_size(store['blob_bytes'])} encrypted, "
+            f"{human_size(store['handout_bytes'])} held by clients, "
+            f"{human_size(store['reserved_bytes'])} in progress",
+        ),
+        (
+            "references",
+            f"{store['entries']} for {store['bindings']} deltaspaces; "
+            f"largest possible {human_size(store['max_entry_bytes'])}",
+        ),
+        ("saved", f"{store['hits']} GETs, {human_size(store['hit_bytes'])}"),
+        (
+            "hits",
+            f"{store['hits']} of {asked} lookups, {store['shared_hits']} without a decryption",
+        ),
+        ("misses", misses or "none"),
+        (
+            "stores",
+            f"{store['stores']} ({human_size(store['stored_bytes'])}), "
+            f"{store['refused_stores']} refused, {store['evictions']} evicted, "
+            f"{store['expirations']} expired, {store['corruptions']} corrupt",
+        ),
+        (
+            "clients",
+            f"{status['sessions']} sessions, {status['connections']} connections, "
+            f"{status['stores_in_progress']} stores in progress",
+        ),
+        (
+            "protection",
+            f"keys in {hardening['keys']}, "
+            f"{'dumpable' if hardening['dumpable'] else 'not dumpable'}, "
+            f"core limit {hardening['core_limit_bytes']} B, umask {hardening['umask']:04o}",
+        ),
+    ]
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    try:
+        where = _ask(Settings.from_environment())["log"]
+    except CacheError:
+        where = str(launcher.default_log_file(os.environ))
+        if not Path(where).exists():
+            where = "journal" if shutil.which("journalctl") else where
+    if where == "journal":
+        journal = ["journalctl", "--user", "--unit", "dg-cached", "--lines", str(arguments.lines)]
+        return _run([*journal, *(["--follow"] if arguments.follow else [])])
+    if where == "stderr":
+        raise CacheUnavailableError("this dg-cached runs in the foreground and logs to its terminal")
+    if arguments.follow:
+        return _run(["tail", "-n", str(arguments.lines), "-F", where])
+    try:
+        with Path(where).open(errors="replace") as log:
+            sys.stdout.writelines(deque(log, maxlen=max(0, arguments.lines)))
+    except FileNotFoundError as error:
+        raise CacheUnavailableError(f"there is no log at {where}: start with dg-cache start") from error
+    return exits.OK
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        return subprocess.run(argv, check=False).returncode
+    except FileNotFoundError as error:
+        raise CacheUnavailableError(f"{argv[0]} is not installed") from error

@@ -1,0 +1,155 @@
+"""config, install, completion: how dg-cache is set up on this account."""
+
+import argparse
+import os
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dgcache import Settings
+from dgcache.cache import connect
+from dgcache_cli import exits
+from dgcache_cli.commands.daemon import patient
+from dgcache_cli.output import print_json, print_table
+from dgcache_core.errors import CacheError, CacheUnavailableError, InvalidReferenceError
+from dgcache_core.settings import declared, resolve
+
+_UNITS = ("dg-cached.socket", "dg-cached.service")
+_PLACEHOLDER = "@DG_CACHED@"
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this group's commands."""
+    config = commands.add_parser("config", help="each effective setting and where it comes from")
+    config.add_argument("--json", action="store_true", help="print JSON")
+    config.set_defaults(run=_config)
+
+    install = commands.add_parser("install", help="put the systemd user units in place")
+    install.add_argument(
+        "--units-only",
+        action="store_true",
+        required=True,
+        help="write the units and nothing else: nothing is enabled or started",
+    )
+    install.set_defaults(run=_install)
+
+    completion = commands.add_parser("completion", help="print completions for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=_completion)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    resolved = resolve(Settings, os.environ, {})
+    client = [
+        {
+            "name": one.variable,
+            "value": getattr(resolved.settings, field),
+            "origin": resolved.origins[field],
+            "meaning": one.meaning,
+        }
+        for field, one in declared(Settings).items()
+    ]
+    daemon = _daemon_settings(resolved.settings)
+    differences = _differences(client, daemon)
+    if arguments.json:
+        print_json({"client": client, "daemon": daemon, "differences": differences})
+        return exits.OK
+    print("client")
+    print_table(("setting", "value", "from"), [_row(one) for one in client])
+    if daemon is None:
+        print("daemon: not running (dg-cache start)")
+        return exits.OK
+    print("daemon")
+    print_table(("setting", "value", "from"), [_row(one) for one in daemon])
+    for difference in differences:
+        print(difference)
+    return exits.OK
+
+
+def _row(one: dict[str, Any]) -> tuple[str, str, str]:
+    value = one["value"]
+    shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return one["name"], shown, one["origin"].split()[0]
+
+
+def _daemon_settings(settings: Settings) -> list[dict[str, Any]] | None:
+    try:
+        daemon = connect(patient(settings))
+    except CacheError:
+        return None
+    try:
+        settings_of_daemon: list[dict[str, Any]] = daemon.status()["settings"]
+        return settings_of_daemon
+    finally:
+        daemon.close()
+
+
+def _differences(
+    client: list[dict[str, Any]], daemon: list[dict[str, Any]] | None
+) -> list[str]:
+    """Name what was set here and is otherwise in the daemon."""
+    theirs = {one["name"]: one["value"] for one in daemon or []}
+    return [
+        f"{one['name']} is {one['value']} here and {theirs[one['name']]} in the daemon: "
+        "dg-cache restart applies it"
+        for one in client
+        if one["origin"] != "default"
+        and one["name"] in theirs
+        and str(one["value"]) != theirs[one["name"]]
+    ]
+
+
+def _install(_: argparse.Namespace) -> int:
+    program = _daemon_program()
+    directory = _unit_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for unit in _UNITS:
+            text = _unit_source(unit).replace(_PLACEHOLDER, str(program).replace("%", "%%"))
+            _write_whole(directory / unit, text)
+            print(f"wrote {directory / unit}")
+    except OSError as error:
+        raise InvalidReferenceError(f"cannot write to {directory}: {error.strerror}") from error
+    print("next: systemctl --user daemon-reload && systemctl --user enable --now dg-cached.socket")
+    return exits.OK
+
+
+def _daemon_program() -> Path:
+    """Return the dg-cached beside this interpreter: the one that belongs to this installation."""
+    beside = Path(sys.executable).with_name("dg-cached")
+    found = str(beside) if beside.exists() else shutil.which("dg-cached")
+    if found is None:
+        raise CacheUnavailableError("dg-cached is not installed beside this dg-cache: reinstall it")
+    return Path(found).absolute()
+
+
+def _unit_directory() -> Path:
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    base = Path(config) if config.startswith("/") else Path.home() / ".config"
+    return base / "systemd" / "user"
+
+
+def _unit_source(unit: str) -> str:
+    """Read a unit from the wheel, or from the tree in an editable installation."""
+    packaged = files("dgcache_cli") / "units" / unit
+    if packaged.is_file():
+        return packaged.read_text()
+    return (Path(__file__).parents[3] / "systemd" / unit).read_text()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    from dgcache_cli.main import make_parser
+
+    print(shtab.complete(make_parser(), shell=arguments.shell))
+    return exits.OK

@@ -1,0 +1,72 @@
+"""`dg-cache`: the entry point; finds the command and turns errors into exit statuses."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from dgcache_cli import exits
+from dgcache_cli.commands import daemon, deltaglider, references, setup
+from dgcache_core.errors import CacheError
+
+_EPILOG = f"""\
+examples:
+  dg-cache start                                   start the daemon
+  dg-cache deltaglider cp s3://b/app/app.zip .     DeltaGlider with a warm cache
+  dg-cache status                                  what it saved so far
+  dg-cache put s3://b/app reference.bin            store a reference, print its digest
+  dg-cache get s3://b/app SHA256 -o reference.bin  get it back
+  eval "$(dg-cache completion bash)"               completions for this shell
+
+{exits.EXPLAINED}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["deltaglider"]:  # its options are DeltaGlider's, argparse must not read them
+        return _guarded(lambda: deltaglider.run_deltaglider(words[1:]))
+    arguments = make_parser().parse_args(words)
+    return _guarded(lambda: int(arguments.run(arguments)))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    try:
+        status = command()
+        sys.stdout.flush()
+    except CacheError as error:
+        return exits.failed(error)
+    except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dg-cache",
+        description="Use and look after dg-cached, the cache of delta references.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dg-cache {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for group in (daemon, references, setup, deltaglider):
+        group.add_commands(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("dg-cached")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

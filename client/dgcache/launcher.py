@@ -1,0 +1,229 @@
+"""Starts a daemon in the background and returns when it serves, or says why it does not.
+
+Readiness is the daemon's own sd_notify(3) message, sent to an abstract socket of ours with a random
+name; only messages that the kernel says come from our child count. A lock makes a herd of starters
+start one daemon.
+"""
+
+import fcntl
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from dgcache.session import Session
+from dgcache_core.directories import open_private_directory
+from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError
+from dgcache_core.runtime_directory import candidates, make_first_usable
+
+START_LOCK = "start.lock"
+_UCRED = struct.Struct("3i")
+_ALREADY_SERVING = 75
+_PROBE_SECONDS = 1.0
+
+
+def default_log_file(environ: Mapping[str, str]) -> Path:
+    """Return where a daemon without systemd logs (XDG Base Directory Specification)."""
+    state = environ.get("XDG_STATE_HOME", "")
+    base = Path(state) if state.startswith("/") else Path.home() / ".local/state"
+    return base / "dg-cached" / "dg-cached.log"
+
+
+def start(
+    environ: Mapping[str, str],
+    socket_dir: Path | None,
+    *,
+    options: tuple[str, ...] = (),
+    log_file: Path | None = None,
+    budget_seconds: float = 20.0,
+) -> bool:
+    """Make sure that a daemon serves; return True if this call started it.
+
+    Args:
+        environ: for the daemon, and for finding its place.
+        socket_dir: its place, if it was named.
+        options: for its command line.
+        log_file: where it logs; `default_log_file` where None.
+        budget_seconds: how long to wait for the lock and for the daemon, together.
+
+    Raises:
+        CacheUnavailableError: it did not come up; the message has its own last word.
+        CacheRefusedError: a directory failed its check.
+    """
+    deadline = time.monotonic() + budget_seconds
+    log_file = log_file or default_log_file(environ)
+    with _start_lock(socket_dir, environ, deadline):
+        if is_serving(socket_dir, environ):
+            return False
+        os.close(open_private_directory(log_file.parent, create=True))
+        return _spawn(environ, (*options, "--log-file", str(log_file)), log_file, deadline)
+
+
+def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
+    """Tell whether a daemon of this user says Hello."""
+    try:
+        Session.connect(socket_dir, environ, _PROBE_SECONDS).close()
+    except CacheError:
+        return False
+    return True
+
+
+def stop(
+    socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: float = 20.0
+) -> bool:
+    """End the daemon and return when it has ended; False if none was running.
+
+    Raises:
+        CacheUnavailableError: it does not end, or cannot be asked who it is.
+    """
+    from dgcache.remote import DaemonBackend
+
+    try:
+        session = Session.connect(socket_dir, environ, _PROBE_SECONDS)
+    except CacheUnavailableError:
+        return False
+    backend = DaemonBackend(session)
+    try:
+        pid = int(backend.status()["pid"])
+        pidfd = _open_process(pid)
+        if pidfd < 0:
+            return True
+        try:
+            backend.status()  # still there, so the pid was its own when the pidfd was opened
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            backend.close()
+            if not poll.poll(budget_seconds * 1000):
+                raise CacheUnavailableError(f"dg-cached (pid {pid}) does not end: kill -9 {pid}")
+        finally:
+            os.close(pidfd)
+    finally:
+        backend.close()
+    return True
+
+
+def _open_process(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
+@contextmanager
+def _start_lock(
+    socket_dir: Path | None, environ: Mapping[str, str], deadline: float
+) -> Iterator[None]:
+    """Hold the lock of starters, in the directory where the daemon will listen."""
+    _, directory_fd, _ = make_first_usable(candidates(socket_dir, environ))
+    try:
+        lock = os.open(
+            START_LOCK,
+            os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+            0o600,
+            dir_fd=directory_fd,
+        )
+    finally:
+        os.close(directory_fd)
+    try:
+        _lock_within(lock, deadline)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock_within(lock: int, deadline: float) -> None:
+    """flock(2) has no timeout of its own: a short-lived helper waits in our place and is killed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        pass
+    # flock(1) takes the lock on the same open file description, so it stays with us
+    waiter = ["flock", "--exclusive", "--timeout", f"{max(0.1, deadline - time.monotonic()):.1f}"]
+    try:
+        done = subprocess.run([*waiter, str(lock)], pass_fds=(lock,), check=False)
+    except FileNotFoundError as error:
+        raise CacheUnavailableError("another start is under way, and flock(1) is missing") from error
+    if done.returncode != 0:
+        raise CacheUnavailableError("another start is under way and does not end: try again")
+
+
+def _spawn(
+    environ: Mapping[str, str], options: tuple[str, ...], log_file: Path, deadline: float
+) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notices:
+        address = f"dg-cached-start-{secrets.token_hex(16)}"
+        notices.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        notices.bind(f"\0{address}")
+        child_environment = {
+            name: value for name, value in environ.items() if not name.startswith("LISTEN_")
+        }
+        child_environment["NOTIFY_SOCKET"] = f"@{address}"
+        with os.fdopen(
+            os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "ab"
+        ) as log:
+            child = subprocess.Popen(
+                [*_program(), *options],
+                env=child_environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        return _wait_until_ready(child, notices, deadline, log_file)
+
+
+def _program() -> list[str]:
+    """The daemon beside this interpreter: never one that $PATH happens to name."""
+    return [sys.executable, "-m", "dgcached"]
+
+
+def _wait_until_ready(
+    child: "subprocess.Popen[bytes]", notices: socket.socket, deadline: float, log_file: Path
+) -> bool:
+    pidfd = os.pidfd_open(child.pid)
+    status = ""
+    try:
+        poll = select.poll()
+        poll.register(notices, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
+        while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if any(descriptor == notices.fileno() for descriptor, _ in ready):
+                states = _receive_from(notices, child.pid)
+                status = states.get("STATUS", status)
+                if states.get("READY") == "1":
+                    child.returncode = 0  # it lives on: Popen must not warn that it was not waited for
+                    return True
+                continue
+            code = child.wait()
+            if code == _ALREADY_SERVING:
+                return False
+            kind = CacheRefusedError if code == 77 else CacheUnavailableError
+            raise kind(status or f"dg-cached ended with status {code}: see {log_file}")
+    finally:
+        os.close(pidfd)
+    child.kill()
+    child.wait()
+    raise CacheUnavailableError(f"dg-cached did not become ready in time: see {log_file}")
+
+
+def _receive_from(notices: socket.socket, pid: int) -> dict[str, str]:
+    """Return the assignments of one message if our child sent it."""
+    data, ancillary, _, _ = notices.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
+    for level, kind, raw in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            sender_pid, sender_uid, _ = _UCRED.unpack(raw[: _UCRED.size])
+            if (sender_pid, sender_uid) == (pid, os.geteuid()):
+                lines = data.decode(errors="replace").splitlines()
+                return dict(line.split("=", 1) for line in lines if "=" in line)
+    return {}
