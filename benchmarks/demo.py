@@ -63,6 +63,7 @@ class Bench:
     environment: Mapping[str, str]
     seconds: float
     interruption: Interruption
+    console: Console
 
     def run(self, *command: str) -> Measured:
         """Run one program to its end."""
@@ -78,7 +79,13 @@ class Bench:
     def copy(self, way: Way, source: str, destination: str) -> tuple[Measured, int]:
         """Run `deltaglider cp`; return what it took and how often it fetched a reference."""
         self.server.reset_counts()
-        measured = self.run(*way.command, "cp", source, destination)
+        before = deltaglider_directories()
+        try:
+            measured = self.run(*way.command, "cp", source, destination)
+        except (Interrupted, ProcessFailedError):
+            if told := remove_orphans(before):
+                self.console.print(told)
+            raise
         return measured, self.server.count("GET", REFERENCE_SUFFIX)
 
     def sha256(self, path: Path) -> str:
@@ -128,15 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status."""
     arguments = _parse(argv)
     console = Console(highlight=False)
-    before = deltaglider_directories()
     try:
         ensure_xdelta3()
         with Interruption() as interruption:
-            try:
-                phases = _measure(arguments, console, interruption)
-            finally:
-                removed, left = remove_orphans(before)
-                _tell_leftovers(console, removed, left)
+            phases = _measure(arguments, console, interruption)
     except Interrupted as signal:
         console.print(f"{signal}: what ran was ended, what was made is removed")
         return signal.exit_status
@@ -175,7 +177,8 @@ def _measure(
             running_daemon(dg_cached, environment=environment, directory=place, log=place / "log")
         )
         server.create_bucket(BUCKET)
-        bench = Bench(place, server, environment, 120 + 3 * arguments.size, interruption)
+        seconds = 120 + 3 * arguments.size
+        bench = Bench(place, server, environment, seconds, interruption, console)
         ways = (
             Way("stock", "stock", (str(deltaglider),)),
             Way("dg-cached", "cached", (str(dg_cache), "deltaglider")),
@@ -270,13 +273,6 @@ def _explain(megabytes: int, daemon_megabytes: float) -> str:
         f"Memory is the peak of one process. dg-cached, which serves them all, took at most "
         f"{daemon_megabytes:.0f} MB. It was cleared before download 1."
     )
-
-
-def _tell_leftovers(console: Console, removed: Sequence[Path], left: Sequence[Path]) -> None:
-    for path in removed:
-        console.print(f"removed {path}, which an interrupted DeltaGlider left")
-    for path in left:
-        console.print(f"{path} is new; another DeltaGlider that runs now may own it: left alone")
 
 
 def _judge(console: Console, phases: Sequence[Phase]) -> int:

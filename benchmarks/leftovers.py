@@ -3,9 +3,10 @@
 DeltaGlider 6.2.0 makes `/tmp/deltaglider-…` whatever TMPDIR says, and removes it when it exits as
 it should; one that is killed leaves it, with whatever reference was in it.
 
-Such a directory may as well belong to another DeltaGlider of this user that is running now. Whoever
-owns one has loaded cryptography before it made it, so a directory is an orphan only where no
-process that has is alive. dg-cached has too, but it is no DeltaGlider.
+So this is for after a DeltaGlider of ours did not end well. A directory that is new since may as well
+belong to another one of this user that is running now. Whoever owns one has loaded cryptography
+before it made it, so a directory is an orphan only where no process that has is alive. dg-cached has
+too, but it is no DeltaGlider.
 """
 
 import contextlib
@@ -27,21 +28,17 @@ def deltaglider_directories() -> frozenset[Path]:
     )
 
 
-def remove_orphans(before: frozenset[Path]) -> tuple[list[Path], list[Path]]:
-    """Remove the directories that are new and nobody's.
-
-    Args:
-        before: those that were there before; they are left alone.
-
-    Returns:
-        What was removed, and what is left because a living process may own it.
-    """
+def remove_orphans(before: frozenset[Path]) -> str:
+    """Remove the directories that are new since `before` and nobody's; tell what was done."""
     fresh = sorted(deltaglider_directories() - before)
-    if fresh and any(_possible_owners()):
-        return [], fresh
+    names = " ".join(map(str, fresh))
+    if not fresh:
+        return ""
+    if any(_possible_owners()):
+        return f"left alone, another DeltaGlider may be using it: {names}"
     for path in fresh:
         shutil.rmtree(path, ignore_errors=True)
-    return fresh, []
+    return f"removed what DeltaGlider left: {names}"
 
 
 def _possible_owners() -> Iterator[Path]:

@@ -5,6 +5,7 @@ asks for no password; elsewhere it prints the one command to run and exits with 
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def _command() -> str:
     known = next((text for name, text in _INSTALLERS.items() if shutil.which(name)), None)
     if known is None:
         return "your system's package manager (the package is called xdelta3)"
-    return known if os.geteuid() == 0 else f"sudo {known}"
+    if os.geteuid() == 0:
+        return known
+    return f"sudo {known}" if shutil.which("sudo") else f"su -c {shlex.quote(known)}"
 
 
 if __name__ == "__main__":

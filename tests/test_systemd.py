@@ -126,12 +126,10 @@ def test_the_journal_has_events_with_their_priorities(manager: UserManager) -> N
     """Priorities are the journal's own field and not a part of the text (sd-daemon(3))."""
     succeed(manager, "start", SERVICE)
     succeed(manager, "stop", SERVICE)
-    journal = ["journalctl", "--user", "--unit", SERVICE, "--output=json", "--no-pager"]
+    journal = ["journalctl", "--user", "_COMM=dg-cached", "--output=json", "--no-pager"]
 
     def events() -> list[dict[str, str]]:
-        lines = manager.run(journal).stdout.splitlines()
-        entries = [json.loads(line) for line in lines]
-        return [entry for entry in entries if entry.get("_COMM") == "dg-cached"]
+        return [json.loads(line) for line in manager.run(journal).stdout.splitlines()]
 
     manager.wait_for(lambda: any(e["MESSAGE"].startswith("stopped") for e in events()))
     assert all(event["PRIORITY"] == "6" for event in events())

@@ -53,7 +53,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def human_seconds(seconds: float) -> str:
     """Return a duration in its two largest units."""
     left = max(0, round(seconds))
-    parts = []
+    parts: list[str] = []
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, length)
         if count or (unit == "s" and not parts):
@@ -65,7 +65,7 @@ def human_seconds(seconds: float) -> str:
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Draw a bar on standard error while the block runs, if that is a terminal and worth it."""
     if not sys.stderr.isatty() or (total is not None and total < _BAR_FROM_BYTES):
-        yield lambda count: None
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import (

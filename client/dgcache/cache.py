@@ -1,9 +1,9 @@
 """`ReferenceCache`: the daemon while it can be used, the in-process cache when it cannot.
 
 The cache never fails the user's operation. An answer about the reference itself (a miss, a failed
-check, a wrong argument) is passed on; anything about the daemon (absent, refused, stalled, killed in
-mid-call, full) makes the same operation run on the in-process cache. A daemon that was lost is looked
-for again, after a pause that doubles up to a minute.
+check, a wrong argument) is passed on; anything about the daemon (absent, refused, stalled, killed
+in mid-call, full) makes the same operation run on the in-process cache. A daemon that was lost is
+looked for again, after a pause that doubles up to a minute.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dgcache.backends import Backend
 from dgcache.local import LocalBackend, make_local
@@ -38,6 +38,9 @@ from dgcache_core.references import Deltaspace, Sha256, parse_sha256
 from dgcache_core.sealed_files import create_memory_file, open_again, seal, write_at
 from dgcache_core.store import EntryInfo, Freed
 
+if TYPE_CHECKING:
+    from dgcache.remote import DaemonBackend, RemoteDeposit
+
 T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 1.0
@@ -50,6 +53,10 @@ _DAEMON_LOST = (CacheUnavailableError, CacheRefusedError)
 
 class ReferenceCache:
     """A cache of references. Thread-safe; usable after fork; a context manager."""
+
+    _lock: threading.Lock
+    _remote: "DaemonBackend | None"
+    _local: LocalBackend | None
 
     def __init__(self, settings: Settings) -> None:
         """Look for the daemon once; see `dgcache.open`."""
@@ -95,9 +102,7 @@ class ReferenceCache:
             report_hit(reference.source, reference.size, time.monotonic() - started)
         return reference
 
-    def put(
-        self, bucket: str, prefix: str, source: StoreSource, sha256: str | None = None
-    ) -> str:
+    def put(self, bucket: str, prefix: str, source: StoreSource, sha256: str | None = None) -> str:
         """Store a reference and return its digest.
 
         Args:
@@ -281,8 +286,8 @@ class ReferenceCache:
         """Forget every resource; also in a forked child, where none of them is ours."""
         chosen = self._settings
         self._lock = threading.Lock()
-        self._remote: Any = None
-        self._local: LocalBackend | None = None
+        self._remote = None
+        self._local = None
         self._local_name = "filesystem" if chosen.backend == "filesystem" else "memory"
         self._daemon_wanted = (
             may_use_daemon
@@ -294,7 +299,7 @@ class ReferenceCache:
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._fallback_reported = False
 
-    def _daemon(self) -> Any:
+    def _daemon(self) -> "DaemonBackend | None":
         """Return the daemon's backend, or None where it cannot be used now."""
         with self._lock:
             if self._closed:
@@ -311,9 +316,9 @@ class ReferenceCache:
             self._pause_seconds = _FIRST_PAUSE_SECONDS
             return self._remote
 
-    def _lose_daemon(self, daemon: Any, error: CacheError) -> None:
+    def _lose_daemon(self, daemon: "DaemonBackend | None", error: CacheError) -> None:
         with self._lock:
-            if self._remote is not daemon:
+            if daemon is None or self._remote is not daemon:
                 return
             self._remote = None
             self._pause(error)
@@ -326,7 +331,7 @@ class ReferenceCache:
             self._fallback_reported = True
             report_fallback(error, self._settings.socket_dir, os.environ)
 
-    def _try_daemon(self, operation: Callable[[Any], T]) -> T | None:
+    def _try_daemon(self, operation: "Callable[[DaemonBackend], T]") -> T | None:
         """Run an operation on the daemon; None where it cannot be done there."""
         daemon = self._daemon()
         if daemon is None:
@@ -420,19 +425,22 @@ class ReferenceCache:
 class _Mirror:
     """The copy of a fetch that goes to the daemon meanwhile; any failure only ends the copying."""
 
-    def __init__(self, cache: ReferenceCache, daemon: Any, deposit: Any) -> None:
+    def __init__(
+        self,
+        cache: ReferenceCache,
+        daemon: "DaemonBackend | None",
+        deposit: "RemoteDeposit | None",
+    ) -> None:
         self._cache = cache
         self._daemon = daemon
         self._deposit = deposit
 
     def write(self, piece: memoryview) -> None:
-        if self._deposit is not None:
-            self._guarded(lambda deposit: deposit.write(piece))
+        self._guarded(lambda deposit: deposit.write(piece))
 
     def commit(self) -> str | None:
         """Return "dg-cached" if the daemon keeps the whole reference, else None."""
-        deposit = self._deposit
-        committed = self._guarded(lambda deposit: deposit.commit()) if deposit else None
+        committed = self._guarded(lambda deposit: deposit.commit())
         self._deposit = None
         return "dg-cached" if committed is not None else None
 
@@ -441,8 +449,10 @@ class _Mirror:
             deposit, self._deposit = self._deposit, None
             deposit.abort()
 
-    def _guarded(self, operation: Callable[[Any], T]) -> T | None:
+    def _guarded(self, operation: "Callable[[RemoteDeposit], T]") -> T | None:
         deposit = self._deposit
+        if deposit is None:
+            return None
         try:
             return operation(deposit)
         except _DAEMON_LOST as error:
@@ -476,16 +486,14 @@ def _read_pieces(source: Source) -> Iterator[memoryview]:
         yield buffer[:count]
 
 
-def connect(settings: Settings) -> Any:
+def connect(settings: Settings) -> "DaemonBackend":
     """Return the daemon's backend, without a fallback.
 
     Raises:
         CacheUnavailableError: there is no daemon that can be used.
         CacheRefusedError: a directory or the daemon's uid failed its check.
     """
-    session = Session.connect(
-        settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000
-    )
+    session = Session.connect(settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000)
     from dgcache.remote import DaemonBackend  # grpc is loaded only now that there is a daemon
 
     return DaemonBackend(session)

@@ -6,13 +6,14 @@
 DeltaGlider's service names a reference by path and does not say when it is done with it. What it
 does is one operation after another in each thread, so a reference stays in the hand of its thread
 until that thread's next operation. Its path names a descriptor by number; numbers are taken in turn
-from the upper half of RLIMIT_NOFILE, so that a path handed out earlier does not come to mean another
-file.
+from the upper half of RLIMIT_NOFILE, so that a path handed out earlier does not come to mean
+another file.
 """
 
 import atexit
 import inspect
 import resource
+import tempfile
 import threading
 import weakref
 from collections import OrderedDict
@@ -44,7 +45,9 @@ from dgcache_core.errors import (
 )
 from dgcache_core.references import Deltaspace, parse_sha256
 
-_NO_REFERENCE = Path("/nonexistent/dg-cached")
+_NO_REFERENCE = Path(tempfile.gettempdir()) / "dg-cached-keeps-no-files"
+"""Where `ref_path` points while a reference is not in the hand: nothing here reads or writes it."""
+
 _REMEMBERED_WRITES = 4096
 _LOWEST_DESCRIPTOR = 64
 _NOBODYS_DIGEST = "0" * 64
@@ -313,7 +316,7 @@ def _port_of(cache: ReferenceCache | None) -> ReferenceCachePort:
 
 
 def _take_over_fetch() -> None:
-    """Replace the download of a reference, which would leave plaintext in $TMPDIR after an error."""
+    """Replace the download of a reference, which leaves plaintext in $TMPDIR after an error."""
     parameters = list(inspect.signature(_stock_cache_reference).parameters)
     if parameters == ["self", "delta_space", "expected_sha"]:
         DeltaService._cache_reference = _cache_reference

@@ -76,9 +76,7 @@ def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def stop(
-    socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: float = 20.0
-) -> bool:
+def stop(socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: float = 20.0) -> bool:
     """End the daemon and return when it has ended; False if none was running.
 
     Raises:
@@ -152,7 +150,9 @@ def _lock_within(lock: int, deadline: float) -> None:
     try:
         done = subprocess.run([*waiter, str(lock)], pass_fds=(lock,), check=False)
     except FileNotFoundError as error:
-        raise CacheUnavailableError("another start is under way, and flock(1) is missing") from error
+        raise CacheUnavailableError(
+            "another start is under way, and flock(1) is missing"
+        ) from error
     if done.returncode != 0:
         raise CacheUnavailableError("another start is under way and does not end: try again")
 
@@ -202,7 +202,9 @@ def _wait_until_ready(
                 states = _receive_from(notices, child.pid)
                 status = states.get("STATUS", status)
                 if states.get("READY") == "1":
-                    child.returncode = 0  # it lives on: Popen must not warn that it was not waited for
+                    child.returncode = (
+                        0  # it lives on: Popen must not warn that it was not waited for
+                    )
                     return True
                 continue
             code = child.wait()

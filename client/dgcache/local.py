@@ -99,7 +99,7 @@ def _directory(settings: Settings) -> Path:
 
 
 def make_local(settings: Settings) -> tuple[LocalBackend, CacheError | None]:
-    """Return the in-process cache the settings ask for; memory, with the reason, where files fail."""
+    """Return the in-process cache that is wanted; memory, with the reason, where files fail."""
     if settings.backend == "filesystem":
         try:
             return LocalBackend(settings, "filesystem"), None

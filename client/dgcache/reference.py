@@ -6,6 +6,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dgcache_core.errors import CacheCorruptionError
@@ -104,10 +105,8 @@ class Reference:
             return
         fd, self._fd = self._fd, -1
         if self._mapping is not None:
-            try:
+            with suppress(BufferError):  # a view is still in use: the mapping goes with the last
                 self._mapping.close()
-            except BufferError:
-                pass  # a view is still in use: the mapping goes with the last one
             self._mapping = None
         os.close(fd)
         if self._on_close is not None:
@@ -121,7 +120,7 @@ class Reference:
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
-            warnings.warn(f"unclosed reference {self!r}", ResourceWarning, source=self)
+            warnings.warn(f"unclosed reference {self!r}", ResourceWarning, 2, self)
             self.close()
 
     def __repr__(self) -> str:

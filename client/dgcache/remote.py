@@ -8,6 +8,8 @@ import itertools
 import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -118,9 +120,7 @@ class DaemonBackend:
 
     def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
         """See `Backend`."""
-        request = pb.ContainsRequest(
-            deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256)
-        )
+        request = pb.ContainsRequest(deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256))
         answer = self._call(self._stub.Contains, request, _SHORT_SECONDS)
         return None if answer.contained else _miss_reason(answer.miss_reason)
 
@@ -191,13 +191,13 @@ class RemoteDeposit:
         Raises:
             CacheUnavailableError: the daemon takes nothing for five seconds.
         """
-        while self._step(lambda: source.send_into(self._write_end)):
+        while self._step(partial(source.send_into, self._write_end)):
             pass
 
     def write(self, data: memoryview) -> None:
         """Send some bytes. Raises as `pour`."""
         while data:
-            written = self._step(lambda view=data: os.write(self._write_end, view))
+            written = self._step(partial(os.write, self._write_end, data))
             if not written:
                 return
             data = data[written:]
@@ -217,13 +217,11 @@ class RemoteDeposit:
         """Keep nothing; a daemon that cannot be told any more does the same by itself."""
         self._close()
         request = pb.AbortStoreRequest(request_id=self._request_id)
-        try:
+        with suppress(CacheError):
             self._backend._call(self._backend._stub.AbortStore, request, _SHORT_SECONDS)
-        except CacheError:
-            pass
 
     def _step(self, move: Callable[[], int]) -> int:
-        """Move some bytes as soon as the pipe has room; 0 at the end or where the reader is gone."""
+        """Move some bytes once the pipe has room; 0 at the end or where the reader is gone."""
         while True:
             try:
                 return move()
@@ -243,7 +241,7 @@ def _raise_for(error: grpc.RpcError) -> NoReturn:
     """The one place where a gRPC status becomes an error of the cache."""
     code, message = error.code(), error.details() or ""
     if code is grpc.StatusCode.NOT_FOUND:
-        trailing = dict(error.trailing_metadata() or ())
+        trailing: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
         raise CacheMissError(message, _miss_reason(str(trailing.get("dg-miss-reason")))) from error
     if code in _ERRORS:
         raise _ERRORS[code](message) from error

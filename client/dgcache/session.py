@@ -107,7 +107,9 @@ class Session:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise CacheUnavailableError(
-                "the daemon closed the session" if not packet else "a descriptor was lost on the way"
+                "the daemon closed the session"
+                if not packet
+                else "a descriptor was lost on the way"
             )
         self._unclaimed[message.descriptor.request_id] = descriptors[0]
 

@@ -11,12 +11,20 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from dgcache_core.errors import CacheFullError, InvalidReferenceError
 from dgcache_core.sealed_files import create_memory_file, write_at
 
-StoreSource = str | os.PathLike[str] | int | IO[bytes] | bytes | bytearray | memoryview
+
+class Readable(Protocol):
+    """The least a stream must have; a `close` is called where there is one."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes; none at the end."""
+
+
+StoreSource = str | os.PathLike[str] | int | Readable | bytes | bytearray | memoryview
 """What `put` takes."""
 
 PIECE_BYTES = 1 << 20
@@ -149,7 +157,8 @@ def opened(source: StoreSource, max_spool_bytes: int) -> Iterator[Source]:
             yield file
     else:
         raise InvalidReferenceError(
-            f"cannot store a {type(source).__name__}: give a path, a binary file, a descriptor or bytes"
+            f"cannot store a {type(source).__name__}: "
+            "give a path, a binary file, a descriptor or bytes"
         )
 
 

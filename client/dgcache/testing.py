@@ -1,10 +1,10 @@
 """Caches for your own tests: isolated from the environment, gone when the block ends.
 
-    from dgcache.testing import memory_cache
+from dgcache.testing import memory_cache
 
-    def test_my_tool():
-        with memory_cache() as cache:
-            ...
+def test_my_tool():
+    with memory_cache() as cache:
+        ...
 """
 
 import os

@@ -84,12 +84,18 @@ class Frame:
         return slice(start, start + self.plain_span(index)[1] + TAG_BYTES)
 
 
-def seal_chunk(key: memoryview, frame: Frame, index: int, plain: memoryview, blob: memoryview) -> None:
+def seal_chunk(
+    key: memoryview, frame: Frame, index: int, plain: memoryview, blob: memoryview
+) -> None:
     """Encrypt one chunk into its place in `blob`."""
-    _encrypt_into(key, _chunk_nonce(frame, index), plain, frame.pack(), blob[frame.sealed_span(index)])
+    _encrypt_into(
+        key, _chunk_nonce(frame, index), plain, frame.pack(), blob[frame.sealed_span(index)]
+    )
 
 
-def open_chunk(key: memoryview, frame: Frame, index: int, blob: memoryview, plain: memoryview) -> None:
+def open_chunk(
+    key: memoryview, frame: Frame, index: int, blob: memoryview, plain: memoryview
+) -> None:
     """Decrypt one chunk into `plain`, which has the chunk's exact length.
 
     Raises:
@@ -120,7 +126,9 @@ def open_header(key: memoryview, blob: memoryview) -> tuple[Frame, Sha256]:
         raise CacheCorruptionError("the blob is shorter than its header")
     header = bytes(blob[:HEADER_BYTES])
     try:
-        _decrypt_into(key, _SEAL_NONCE, blob[HEADER_BYTES:BODY_OFFSET], header, memoryview(bytearray()))
+        _decrypt_into(
+            key, _SEAL_NONCE, blob[HEADER_BYTES:BODY_OFFSET], header, memoryview(bytearray())
+        )
     except InvalidTag as error:
         raise CacheCorruptionError("the header failed its check") from error
     magic, version, algorithm, chunk_bytes, size, created, expires = _FRAME.unpack_from(header)

@@ -35,7 +35,7 @@ class _Shared:
 
 
 class Handouts:
-    """The table of handouts somebody may still hold. Not thread-safe: the store's lock covers it."""
+    """The table of handouts somebody may hold. Not thread-safe: the store's lock covers it."""
 
     def __init__(self) -> None:
         self._shared: dict[Sha256, _Shared] = {}

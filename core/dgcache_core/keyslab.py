@@ -31,7 +31,7 @@ _URANDOM = Path("/dev/urandom")
 class KeyProtection(StrEnum):
     """What keeps the keys from swap, core dumps and other processes."""
 
-    SECRET_MEMORY = "memfd_secret"
+    SECRET_MEMORY = "memfd_secret"  # noqa: S105 - the name of a system call
     LOCKED = "locked"
     UNLOCKED = "unlocked"
 

@@ -95,6 +95,8 @@ def make_first_usable(places: list[Candidate]) -> tuple[Path, int, list[CacheRef
             return place.path, open_private_directory(place.path, create=True), refusals
         except CacheRefusedError as error:
             refusals.append(error)
-    raise refusals[0] if refusals else CacheRefusedError(
-        "there is no place for the sockets: set DG_CACHE_SOCKET_DIR"
+    raise (
+        refusals[0]
+        if refusals
+        else CacheRefusedError("there is no place for the sockets: set DG_CACHE_SOCKET_DIR")
     )

@@ -1,4 +1,4 @@
-"""Buffers that hold plaintext for the length of one chunk, and are zero whenever nobody uses them."""
+"""Buffers that hold plaintext for the length of one chunk and are zero when nobody uses them."""
 
 import ctypes
 import mmap
@@ -30,12 +30,7 @@ class ScratchPool:
         finally:
             view.release()
             self._wipe(buffer)
-            with self._lock:
-                if len(self._idle) < self._keep:
-                    self._idle.append(buffer)
-                    buffer = None
-            if buffer is not None:
-                buffer.close()
+            self._take_back(buffer)
 
     def close(self) -> None:
         """Give the kept buffers back to the system."""
@@ -43,6 +38,13 @@ class ScratchPool:
             for buffer in self._idle:
                 buffer.close()
             self._idle.clear()
+
+    def _take_back(self, buffer: mmap.mmap) -> None:
+        with self._lock:
+            if len(self._idle) < self._keep:
+                self._idle.append(buffer)
+                return
+        buffer.close()
 
     def _fresh(self) -> mmap.mmap:
         buffer = mmap.mmap(-1, self._buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -39,7 +39,7 @@ def setting(default: Any, variable: str, parse: Callable[[str], Any], meaning: s
 
 def declared(kind: "type[_Checked]") -> dict[str, Setting]:
     """Return the settings of a class by field name."""
-    return {f.name: f.metadata["setting"] for f in dataclasses.fields(kind)}
+    return {f.name: f.metadata["setting"] for f in dataclasses.fields(kind)}  # type: ignore[arg-type] # every subclass is a dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class AdmissionInterceptor(aio.ServerInterceptor):
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override] # its stub is generic in every method
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,

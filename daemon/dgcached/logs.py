@@ -1,4 +1,4 @@
-"""One line per event that matters, as `event key=value …`, never with a key, a session id or content.
+"""One line per event that matters, as `event key=value …`: never a key, session id or content.
 
 On the journal's pipe each line carries its priority as sd-daemon(3) has it; elsewhere the time and
 the level's name. Values from outside are quoted, so that none can forge a line.

@@ -89,9 +89,7 @@ async def _serve(
 ) -> None:
     from dgcached.server import Daemon
 
-    daemon = Daemon(
-        resolved, budget, listeners, notifier, limits, supervisor=supervisor, log=log
-    )
+    daemon = Daemon(resolved, budget, listeners, notifier, limits, supervisor=supervisor, log=log)
     await daemon.run()
 
 
@@ -128,7 +126,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     words = [word for word in rest if not word.startswith("-")]
     if words:
-        parser.error(f"this is the daemon and takes no commands; did you mean `dg-cache {words[0]}`?")
+        parser.error(
+            f"this is the daemon and takes no commands; did you mean `dg-cache {words[0]}`?"
+        )
     if rest:
         parser.error(f"unknown option {rest[0]}")
     return arguments

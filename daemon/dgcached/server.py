@@ -85,9 +85,7 @@ class Daemon:
         self._log = log
         self._started = time.monotonic()
         self._stop = asyncio.Event()
-        self._store = MemoryStore(
-            budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False
-        )
+        self._store = MemoryStore(budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False)
         self._registry = Registry()
         self._sweeper = Sweeper(self._store)
         self._service = CacheService(

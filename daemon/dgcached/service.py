@@ -6,10 +6,9 @@ nobody waits for any more is closed by whoever finds out.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import TypeVar
 
 from grpc import aio
@@ -68,21 +67,19 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
 
     # -- handing out ---------------------------------------------------------------------------
 
-    async def Lookup(  # noqa: N802
+    async def Lookup(
         self, request: pb.LookupRequest, context: aio.ServicerContext
     ) -> pb.LookupResponse:
         """See the .proto."""
         session = current_caller().require_session()
         handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
         try:
-            session.send_descriptor(
-                request.request_id, pb.Descriptor.PURPOSE_HANDOUT, handout.fd
-            )
+            session.send_descriptor(request.request_id, pb.Descriptor.PURPOSE_HANDOUT, handout.fd)
         finally:
             os.close(handout.fd)
         return pb.LookupResponse(size=handout.size)
 
-    async def Read(  # noqa: N802
+    async def Read(
         self, request: pb.ReadRequest, context: aio.ServicerContext
     ) -> AsyncIterator[pb.ReadResponse]:
         """See the .proto."""
@@ -107,7 +104,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
 
     # -- storing -------------------------------------------------------------------------------
 
-    async def BeginStore(  # noqa: N802
+    async def BeginStore(
         self, request: pb.BeginStoreRequest, context: aio.ServicerContext
     ) -> pb.BeginStoreResponse:
         """See the .proto."""
@@ -129,7 +126,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             os.close(write_end)
         return pb.BeginStoreResponse()
 
-    async def CommitStore(  # noqa: N802
+    async def CommitStore(
         self, request: pb.CommitStoreRequest, context: aio.ServicerContext
     ) -> pb.CommitStoreResponse:
         """See the .proto."""
@@ -137,14 +134,14 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self._on_change()
         return pb.CommitStoreResponse(sha256=bytes.fromhex(sha256))
 
-    async def AbortStore(  # noqa: N802
+    async def AbortStore(
         self, request: pb.AbortStoreRequest, context: aio.ServicerContext
     ) -> pb.AbortStoreResponse:
         """See the .proto."""
         self._take_deposit(request.request_id).cancel()
         return pb.AbortStoreResponse()
 
-    async def Write(  # noqa: N802
+    async def Write(
         self, request_iterator: AsyncIterator[pb.WriteRequest], context: aio.ServicerContext
     ) -> pb.WriteResponse:
         """See the .proto."""
@@ -162,9 +159,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self._on_change()
         return pb.WriteResponse(sha256=bytes.fromhex(sha256))
 
-    async def _open_deposit(
-        self, deltaspace: Deltaspace, size: int, expected: bytes
-    ) -> Deposit:
+    async def _open_deposit(self, deltaspace: Deltaspace, size: int, expected: bytes) -> Deposit:
         """Reserve room and a place among the stores in progress."""
         if self._deposits >= self._limits.stores_at_once:
             raise CacheFullError(f"{self._deposits} stores are in progress, more are not admitted")
@@ -191,35 +186,33 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
 
     # -- the rest ------------------------------------------------------------------------------
 
-    async def Contains(  # noqa: N802
+    async def Contains(
         self, request: pb.ContainsRequest, context: aio.ServicerContext
     ) -> pb.ContainsResponse:
         """See the .proto."""
         reason = self._store.miss_reason(_deltaspace(request.deltaspace), _sha256(request.sha256))
         return pb.ContainsResponse(contained=reason is None, miss_reason=reason or "")
 
-    async def Evict(  # noqa: N802
+    async def Evict(
         self, request: pb.EvictRequest, context: aio.ServicerContext
     ) -> pb.EvictResponse:
         """See the .proto."""
         freed = self._store.evict(_deltaspace(request.deltaspace))
         return pb.EvictResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
 
-    async def Clear(  # noqa: N802
+    async def Clear(
         self, request: pb.ClearRequest, context: aio.ServicerContext
     ) -> pb.ClearResponse:
         """See the .proto."""
         freed = await asyncio.get_running_loop().run_in_executor(None, self._store.clear)
         return pb.ClearResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
 
-    async def List(  # noqa: N802
-        self, request: pb.ListRequest, context: aio.ServicerContext
-    ) -> pb.ListResponse:
+    async def List(self, request: pb.ListRequest, context: aio.ServicerContext) -> pb.ListResponse:
         """See the .proto."""
         after = _sha256(request.after_sha256) if request.after_sha256 else None
         return page_of_entries(self._store.entries(), request.page_size, after)
 
-    async def Status(  # noqa: N802
+    async def Status(
         self, request: pb.StatusRequest, context: aio.ServicerContext
     ) -> pb.StatusResponse:
         """See the .proto."""
@@ -234,9 +227,7 @@ def _sha256(raw: bytes) -> Sha256:
     return parse_sha256(raw.hex())
 
 
-async def _run_owned(
-    executor: Executor, make: Callable[[], T], dispose: Callable[[T], None]
-) -> T:
+async def _run_owned(executor: Executor, make: Callable[[], T], dispose: Callable[[T], None]) -> T:
     """Run `make` in a thread; what it makes is disposed of if this task is cancelled meanwhile."""
     made = asyncio.get_running_loop().run_in_executor(executor, make)
 

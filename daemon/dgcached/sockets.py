@@ -126,7 +126,7 @@ def _bind(directory_fd: int, name: str, kind: socket.SocketKind, backlog: int) -
     os.chmod(path, _SOCKET_MODE)  # noqa: PTH101 - not reachable by others before: the directory is 0700
     listener.listen(backlog)
     _refuse_descriptors(listener)
-    os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)  # noqa: PTH104
+    os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
     return listener
 
 

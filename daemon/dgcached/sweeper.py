@@ -51,5 +51,7 @@ class Sweeper:
         next_expiry = self._store.seconds_to_next_expiry()
         seconds = None if next_expiry is None else max(0.0, next_expiry)
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, _LONGEST_NAP_SECONDS) if seconds is not None else None):
+            async with asyncio.timeout(
+                min(seconds, _LONGEST_NAP_SECONDS) if seconds is not None else None
+            ):
                 await self._changed.wait()

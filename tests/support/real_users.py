@@ -32,8 +32,8 @@ def real_user() -> Iterator[pwd.struct_passwd]:
     call("useradd", "--create-home", "--user-group", "--shell=/bin/sh", name)
     try:
         account = pwd.getpwnam(name)
-        for group in control_groups(name):
-            group.mkdir()
+        for group in control_groups(account.pw_uid):
+            group.mkdir(parents=True)
             for path in [group, *(group / file for file in _DELEGATED)]:
                 with contextlib.suppress(FileNotFoundError):
                     os.chown(path, account.pw_uid, account.pw_gid)
@@ -52,9 +52,10 @@ def own_control_groups() -> list[Path]:
     return [place / own.get(name, "") for place, name in hierarchies]
 
 
-def control_groups(name: str) -> list[Path]:
-    """Return the groups of the user `name`."""
-    return [group / name for group in own_control_groups()]
+def control_groups(uid: int) -> list[Path]:
+    """Return the groups of a user, named so that journald knows the units in them (cgroup-util)."""
+    below = Path(f"user-{uid}.slice", f"user@{uid}.service")
+    return [group / below for group in own_control_groups()]
 
 
 def end_processes_of(uid: int) -> None:
@@ -105,9 +106,10 @@ def _end(pid: int, uid: int, deadline: float) -> bool:
 
 
 def _remove(name: str) -> None:
-    end_processes_of(pwd.getpwnam(name).pw_uid)
-    for group in control_groups(name):
-        for directory, _, _ in os.walk(group, topdown=False):
+    uid = pwd.getpwnam(name).pw_uid
+    end_processes_of(uid)
+    for group in control_groups(uid):
+        for directory, _, _ in os.walk(group.parent, topdown=False):
             Path(directory).rmdir()
     # --force: a zombie that its parent has not yet reaped still counts as a use of the account
     call("userdel", "--remove", "--force", name)

@@ -235,7 +235,7 @@ class UserManager:
 
     @contextlib.contextmanager
     def _manager(self) -> Iterator[None]:
-        groups = [f"echo 0 > {group}/cgroup.procs" for group in control_groups(self.name)]
+        groups = [f"echo 0 > {group}/cgroup.procs" for group in control_groups(self.uid)]
         become = shlex.join([*self._as_user(), "--pdeathsig=TERM", str(_SYSTEMD), "--user"])
         script = "\n".join([*groups, f"exec {become}"])
         start = [*self._inside(), "sh", "-euc", script]

@@ -176,14 +176,18 @@ def _logs(arguments: argparse.Namespace) -> int:
         journal = ["journalctl", "--user", "--unit", "dg-cached", "--lines", str(arguments.lines)]
         return _run([*journal, *(["--follow"] if arguments.follow else [])])
     if where == "stderr":
-        raise CacheUnavailableError("this dg-cached runs in the foreground and logs to its terminal")
+        raise CacheUnavailableError(
+            "this dg-cached runs in the foreground and logs to its terminal"
+        )
     if arguments.follow:
         return _run(["tail", "-n", str(arguments.lines), "-F", where])
     try:
         with Path(where).open(errors="replace") as log:
             sys.stdout.writelines(deque(log, maxlen=max(0, arguments.lines)))
     except FileNotFoundError as error:
-        raise CacheUnavailableError(f"there is no log at {where}: start with dg-cache start") from error
+        raise CacheUnavailableError(
+            f"there is no log at {where}: start with dg-cache start"
+        ) from error
     return exits.OK
 
 

@@ -14,8 +14,8 @@ _INSTALL_HINT = "DeltaGlider is not installed here: run pip install 'dg-cached[d
 _USAGE = """\
 usage: dg-cache deltaglider [-v] COMMAND ...
 
-Run DeltaGlider with its references from dg-cached. Every command and option of `deltaglider` works as
-it does there, with the same exit status.
+Run DeltaGlider with its references from dg-cached. Every command and option of
+`deltaglider` works as it does there, with the same exit status.
 
   -v    one line per reference: where it came from, how long it took, what it saved
         (also with DG_CACHE_REPORT=1)
@@ -96,7 +96,9 @@ def _shim(arguments: argparse.Namespace) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if path.exists() and "dg-cache shim" not in path.read_text(errors="replace"):
-            raise InvalidReferenceError(f"{path} exists and is not a shim: choose another directory")
+            raise InvalidReferenceError(
+                f"{path} exists and is not a shim: choose another directory"
+            )
         path.write_text(_SHIM.format(python=sys.executable))
         path.chmod(0o755)
     except OSError as error:

@@ -31,8 +31,9 @@ examples:
   dg-cache get s3://releases/app 5e88…d8 -o reference.bin \\
       --fetch 'aws s3 cp s3://releases/app/reference.bin -'
 
-With --exec, {} becomes the path of a sealed descriptor that nobody can change; it is valid while the
-command runs, and its exit status becomes ours. Without -o and --exec the bytes go to standard output.
+With --exec, {} becomes the path of a sealed descriptor that nobody can change; it is
+valid while the command runs, and its exit status becomes ours. Without -o and --exec
+the bytes go to standard output.
 """
 
 
@@ -275,5 +276,3 @@ def _daemon() -> Iterator[Any]:
         yield daemon
     finally:
         daemon.close()
-
-

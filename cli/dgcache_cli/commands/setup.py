@@ -86,9 +86,7 @@ def _daemon_settings(settings: Settings) -> list[dict[str, Any]] | None:
         daemon.close()
 
 
-def _differences(
-    client: list[dict[str, Any]], daemon: list[dict[str, Any]] | None
-) -> list[str]:
+def _differences(client: list[dict[str, Any]], daemon: list[dict[str, Any]] | None) -> list[str]:
     """Name what was set here and is otherwise in the daemon."""
     theirs = {one["name"]: one["value"] for one in daemon or []}
     return [
