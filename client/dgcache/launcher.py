@@ -43,15 +43,20 @@ def start(
     *,
     options: tuple[str, ...] = (),
     log_file: Path | None = None,
+    python: str = sys.executable,
     budget_seconds: float = 20.0,
-) -> bool:
-    """Make sure that a daemon serves; return True if this call started it.
+) -> "subprocess.Popen[bytes] | None":
+    """Make sure that a daemon serves; return its process if this call started it, else None.
+
+    The caller either waits for the process one day or says `process.returncode = 0`.
 
     Args:
         environ: for the daemon, and for finding its place.
         socket_dir: its place, if it was named.
         options: for its command line.
         log_file: where it logs; `default_log_file` where None.
+        python: the interpreter of the installation to run; this one's own by default, never one
+            that $PATH happens to name.
         budget_seconds: how long to wait for the lock and for the daemon, together.
 
     Raises:
@@ -62,9 +67,10 @@ def start(
     log_file = log_file or default_log_file(environ)
     with _start_lock(socket_dir, environ, deadline):
         if is_serving(socket_dir, environ):
-            return False
+            return None
         os.close(open_private_directory(log_file.parent, create=True))
-        return _spawn(environ, (*options, "--log-file", str(log_file)), log_file, deadline)
+        program = [python, "-m", "dgcached", *options, "--log-file", str(log_file)]
+        return _spawn(program, environ, log_file, deadline)
 
 
 def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
@@ -158,8 +164,8 @@ def _lock_within(lock: int, deadline: float) -> None:
 
 
 def _spawn(
-    environ: Mapping[str, str], options: tuple[str, ...], log_file: Path, deadline: float
-) -> bool:
+    program: list[str], environ: Mapping[str, str], log_file: Path, deadline: float
+) -> "subprocess.Popen[bytes] | None":
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notices:
         address = f"dg-cached-start-{secrets.token_hex(16)}"
         notices.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -172,7 +178,7 @@ def _spawn(
             os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "ab"
         ) as log:
             child = subprocess.Popen(
-                [*_program(), *options],
+                program,
                 env=child_environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -183,14 +189,9 @@ def _spawn(
         return _wait_until_ready(child, notices, deadline, log_file)
 
 
-def _program() -> list[str]:
-    """The daemon beside this interpreter: never one that $PATH happens to name."""
-    return [sys.executable, "-m", "dgcached"]
-
-
 def _wait_until_ready(
     child: "subprocess.Popen[bytes]", notices: socket.socket, deadline: float, log_file: Path
-) -> bool:
+) -> "subprocess.Popen[bytes] | None":
     pidfd = os.pidfd_open(child.pid)
     status = ""
     try:
@@ -202,14 +203,11 @@ def _wait_until_ready(
                 states = _receive_from(notices, child.pid)
                 status = states.get("STATUS", status)
                 if states.get("READY") == "1":
-                    child.returncode = (
-                        0  # it lives on: Popen must not warn that it was not waited for
-                    )
-                    return True
+                    return child
                 continue
             code = child.wait()
             if code == _ALREADY_SERVING:
-                return False
+                return None
             kind = CacheRefusedError if code == 77 else CacheUnavailableError
             raise kind(status or f"dg-cached ended with status {code}: see {log_file}")
     finally:

@@ -66,9 +66,11 @@ class Session:
             require_same_user(peer_credentials(connection))
             packet = _receive_within(connection, deadline)
             return cls(connection, directory, directory_fd, _understood(packet))
-        except BaseException:
+        except BaseException as error:
             connection.close()
             os.close(directory_fd)
+            if isinstance(error, OSError):
+                raise CacheUnavailableError(f"the session broke: {error.strerror}") from error
             raise
 
     def take_descriptor(self, request_id: int, budget_seconds: float) -> int:
@@ -79,8 +81,11 @@ class Session:
         """
         deadline = time.monotonic() + budget_seconds
         with self._reading:
-            while request_id not in self._unclaimed:
-                self._receive_one(deadline)
+            try:
+                while request_id not in self._unclaimed:
+                    self._receive_one(deadline)
+            except OSError as error:
+                raise CacheUnavailableError(f"the session broke: {error.strerror}") from error
             return self._unclaimed.pop(request_id)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ def test_my_tool():
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,21 +26,32 @@ def memory_cache(size_mb: float = 64) -> Iterator[ReferenceCache]:
 
 
 @contextmanager
-def running_daemon(size_mb: float = 64) -> Iterator[Settings]:
-    """Run a real daemon in a directory of its own and lend settings that lead to it."""
+def running_daemon(size_mb: float = 64, python: str = sys.executable) -> Iterator[Settings]:
+    """Run a real daemon in a directory of its own and lend settings that lead to it.
+
+    Args:
+        size_mb: its byte budget in MiB.
+        python: the interpreter of the installation whose daemon it is.
+    """
     with tempfile.TemporaryDirectory(prefix="dgc-") as base:
         socket_dir = Path(base, "s")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DG_")}
         environment["DG_CACHE_SOCKET_DIR"] = str(socket_dir)
         options = ("--memory-size-mb", str(size_mb))
-        launcher.start(
-            environment, socket_dir, options=options, log_file=Path(base, "log", "dg-cached.log")
+        process = launcher.start(
+            environment,
+            socket_dir,
+            options=options,
+            log_file=Path(base, "log", "dg-cached.log"),
+            python=python,
         )
         settings = Settings(socket_dir=socket_dir, connect_timeout_ms=5000)
         try:
             yield settings
         finally:
             launcher.stop(socket_dir, environment)
+            if process is not None:
+                process.wait(timeout=30)
 
 
 @contextmanager

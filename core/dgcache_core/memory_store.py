@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from dgcache_core.aead import (
@@ -229,7 +230,8 @@ class MemoryStore:
 
     def _abandon(self, ingest: "MemoryIngest") -> None:
         ingest.key.erase()
-        ingest.blob.close()
+        with suppress(BufferError):  # as in _free
+            ingest.blob.close()
         with self._lock:
             self._reserved_bytes -= page_rounded(ingest.frame.sealed_bytes)
 
@@ -449,7 +451,8 @@ class MemoryStore:
 
     def _free(self, entry: _Entry) -> None:
         entry.key.erase()
-        entry.blob.close()
+        with suppress(BufferError):  # a traceback holds a view: the mapping goes with that one
+            entry.blob.close()
         self._blob_bytes -= entry.bytes
 
     def _remember(self, sha256: Sha256, reason: MissReason) -> None:

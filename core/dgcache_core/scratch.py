@@ -35,16 +35,13 @@ class ScratchPool:
     def close(self) -> None:
         """Give the kept buffers back to the system."""
         with self._lock:
-            for buffer in self._idle:
-                buffer.close()
             self._idle.clear()
 
     def _take_back(self, buffer: mmap.mmap) -> None:
         with self._lock:
             if len(self._idle) < self._keep:
                 self._idle.append(buffer)
-                return
-        buffer.close()
+        # else it goes with its last view, which an exception's traceback may still hold
 
     def _fresh(self) -> mmap.mmap:
         buffer = mmap.mmap(-1, self._buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

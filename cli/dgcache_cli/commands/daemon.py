@@ -59,9 +59,15 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.ttl_seconds is not None:
         options += ["--ttl-seconds", str(arguments.ttl_seconds)]
     started = launcher.start(os.environ, settings.socket_dir, options=tuple(options))
+    if started is not None:
+        started.returncode = 0  # it lives on without us
     status = _ask(settings)
     serving = f"in {status['directory']} (pid {status['pid']})"
-    print(f"dg-cached started {serving}" if started else f"dg-cached already serves {serving}")
+    print(
+        f"dg-cached started {serving}"
+        if started is not None
+        else f"dg-cached already serves {serving}"
+    )
     return exits.OK
 
 
