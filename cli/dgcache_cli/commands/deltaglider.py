@@ -57,8 +57,9 @@ def run_deltaglider(arguments: list[str]) -> int:
     while arguments[:1] == ["-v"]:
         os.environ["DG_CACHE_REPORT"] = "1"
         arguments = arguments[1:]
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(_USAGE)
+    wants_help = arguments[:1] in (["--help"], ["-h"])
+    if wants_help:
+        print(_USAGE, flush=True)
         arguments = ["--help"]
     try:
         from dgcache.deltaglider import install
@@ -66,7 +67,7 @@ def run_deltaglider(arguments: list[str]) -> int:
         if (error.name or "").split(".")[0] != "deltaglider":
             raise
         print(f"dg-cache: {_INSTALL_HINT}", file=sys.stderr)
-        return exits.UNAVAILABLE
+        return exits.OK if wants_help else exits.UNAVAILABLE
     from deltaglider.app.cli.main import cli
 
     _print_reports()

@@ -169,7 +169,7 @@ class ReferenceCacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Lists the entries, most recently used first, `page_size` at a time. Any admitted connection.
+        """Lists the entries in the order of their digests, a page at a time. Any admitted connection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -89,7 +89,7 @@ class ReferenceCacheStub:
     Clear: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.ClearRequest, _dgcache_pb2.ClearResponse]
     """Frees every entry. What clients hold stays theirs. Any admitted connection."""
     List: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.ListRequest, _dgcache_pb2.ListResponse]
-    """Lists the entries, most recently used first, `page_size` at a time. Any admitted connection."""
+    """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]
     """Tells how the daemon is and what it did. Any admitted connection."""
 
@@ -132,7 +132,7 @@ class ReferenceCacheAsyncStub(ReferenceCacheStub):
     Clear: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.ClearRequest, _dgcache_pb2.ClearResponse]  # type: ignore[assignment]
     """Frees every entry. What clients hold stays theirs. Any admitted connection."""
     List: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.ListRequest, _dgcache_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists the entries, most recently used first, `page_size` at a time. Any admitted connection."""
+    """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]  # type: ignore[assignment]
     """Tells how the daemon is and what it did. Any admitted connection."""
 
@@ -232,7 +232,7 @@ class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
         request: _dgcache_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dgcache_pb2.ListResponse, _abc.Awaitable[_dgcache_pb2.ListResponse]]:
-        """Lists the entries, most recently used first, `page_size` at a time. Any admitted connection."""
+        """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
 
     @_abc_1.abstractmethod
     def Status(
