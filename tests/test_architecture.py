@@ -84,7 +84,6 @@ def test_no_folder_of_the_repository_is_a_package() -> None:
 def test_the_stubs_are_what_the_proto_says(tmp_path: Path) -> None:
     """Generated anew, they are the same: `make proto` was not forgotten."""
     bin_ = Path(sys.executable).parent
-    kinds = ("python", "mypy", "grpc_python", "mypy_grpc")
     subprocess.run(
         [
             *(sys.executable, "-m", "grpc_tools.protoc", "-I", ROOT / "proto"),

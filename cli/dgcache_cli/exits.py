@@ -32,13 +32,13 @@ _STATUSES: dict[type[CacheError], int] = {
     SettingsError: SETTINGS,
 }
 
-EXPLAINED = (
-    "exit status: 0 done; 1 miss; 2 usage; 65 a check of stored bytes failed; 69 no daemon; "
-    "75 no room; 77 refused; 78 a setting does not parse"
-)
+EXPLAINED = """\
+exit status:
+  0 done; 1 miss; 2 usage; 65 a check of stored bytes failed; 69 no daemon;
+  75 no room; 77 refused; 78 a setting does not parse"""
 
 
 def failed(error: CacheError) -> int:
     """Print the error as one line and return its exit status."""
     print(f"dg-cache: {error}", file=sys.stderr)
-    return _STATUSES[type(error)]
+    return next(_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES)

@@ -17,6 +17,8 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,15 +64,23 @@ class ReferenceCachePort:
     the thread's hand, and the next `get_validated_ref` takes it.
     """
 
-    def __init__(self, cache: ReferenceCache) -> None:
-        """Use `cache`, which stays the caller's to close."""
-        self._cache = cache
+    def __init__(self, cache: ReferenceCache | Callable[[], ReferenceCache]) -> None:
+        """Use `cache`, which stays the caller's to close.
+
+        Args:
+            cache: the cache, or what opens it when it is first needed: a listing needs none.
+        """
+        self._given = cache
         self._local = threading.local()
         self._hands: weakref.WeakSet[_Hand] = weakref.WeakSet()
         self._numbers = _DescriptorNumbers()
         self._lock = threading.Lock()
         self._forgetful = False
         self._written: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    @cached_property
+    def _cache(self) -> ReferenceCache:
+        return self._given if isinstance(self._given, ReferenceCache) else self._given()
 
     def ref_path(self, bucket: str, prefix: str) -> Path:
         """Return the path of the reference in this thread's hand, else one that does not exist."""
@@ -309,10 +319,15 @@ def _port_of(cache: ReferenceCache | None) -> ReferenceCachePort:
     if cache is not None:
         return ReferenceCachePort(cache)
     if _shared_port is None:
-        shared = dgcache.open()
-        atexit.register(shared.close)
-        _shared_port = ReferenceCachePort(shared)
+        settings = dgcache.Settings.from_environment()  # a wrong setting is an error at once
+        _shared_port = ReferenceCachePort(lambda: _open_until_exit(settings))
     return _shared_port
+
+
+def _open_until_exit(settings: dgcache.Settings) -> ReferenceCache:
+    cache = dgcache.open(settings)
+    atexit.register(cache.close)
+    return cache
 
 
 def _take_over_fetch() -> None:

@@ -21,7 +21,12 @@ from pathlib import Path
 
 from dgcache.session import Session
 from dgcache_core.directories import open_private_directory
-from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError
+from dgcache_core.errors import (
+    CacheError,
+    CacheRefusedError,
+    CacheUnavailableError,
+    DaemonAbsentError,
+)
 from dgcache_core.runtime_directory import candidates, make_first_usable
 
 START_LOCK = "start.lock"
@@ -86,13 +91,13 @@ def stop(socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: fl
     """End the daemon and return when it has ended; False if none was running.
 
     Raises:
-        CacheUnavailableError: it does not end, or cannot be asked who it is.
+        CacheUnavailableError: it does not end, or does not answer.
     """
     from dgcache.remote import DaemonBackend
 
     try:
         session = Session.connect(socket_dir, environ, _PROBE_SECONDS)
-    except CacheUnavailableError:
+    except DaemonAbsentError:
         return False
     backend = DaemonBackend(session)
     try:

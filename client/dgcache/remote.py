@@ -172,6 +172,8 @@ class DaemonBackend:
             return method(request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             _raise_for(error)
+        except ValueError as error:  # another thread found the daemon lost and closed the channel
+            raise CacheUnavailableError(f"the session is over: {error}") from error
 
 
 class RemoteDeposit:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from dgcache_core.errors import CacheError, CacheUnavailableError
+from dgcache_core.errors import CacheError, DaemonAbsentError
 from dgcache_core.runtime_directory import SESSION_SOCKET, candidates
 
 logger = logging.getLogger("dgcache")
@@ -21,7 +21,7 @@ _UNIT_DIRECTORIES = (
 
 def report_fallback(error: CacheError, socket_dir: Path | None, environ: Mapping[str, str]) -> None:
     """Say why the in-process cache is used: a warning where a daemon was to be expected."""
-    absent = isinstance(error, CacheUnavailableError) and not _is_expected(socket_dir, environ)
+    absent = isinstance(error, DaemonAbsentError) and not _is_expected(socket_dir, environ)
     logger.log(
         logging.INFO if absent else logging.WARNING,
         "using the in-process cache: %s",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgcache_core.errors import CacheUnavailableError
+from dgcache_core.errors import CacheUnavailableError, DaemonAbsentError
 from dgcache_core.peers import peer_credentials, require_same_user
 from dgcache_core.runtime_directory import SESSION_SOCKET, candidates, open_where_served
 
@@ -54,8 +54,9 @@ class Session:
         """Find the daemon, check that it is the own user's, and hear its Hello.
 
         Raises:
-            CacheUnavailableError: there is none, it does not answer within the budget, or it speaks
-                another version of the protocol.
+            DaemonAbsentError: there is none.
+            CacheUnavailableError: it does not answer within the budget, or speaks another version
+                of the protocol.
             CacheRefusedError: a directory or the daemon's uid failed its check.
         """
         deadline = time.monotonic() + budget_seconds
@@ -84,8 +85,8 @@ class Session:
             try:
                 while request_id not in self._unclaimed:
                     self._receive_one(deadline)
-            except OSError as error:
-                raise CacheUnavailableError(f"the session broke: {error.strerror}") from error
+            except (OSError, ValueError) as error:  # ValueError: another thread closed it
+                raise CacheUnavailableError(f"the session broke: {error}") from error
             return self._unclaimed.pop(request_id)
 
     def close(self) -> None:
@@ -129,6 +130,10 @@ def _connect_within(connection: socket.socket, path: str, deadline: float) -> No
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
     try:
         connection.connect(path)
+    except ConnectionRefusedError as error:
+        raise DaemonAbsentError(
+            "nobody listens on the daemon's socket any more: start it with dg-cache start"
+        ) from error
     except OSError as error:
         raise CacheUnavailableError(
             f"the daemon cannot be reached: {error.strerror}: see dg-cache status"

@@ -47,6 +47,10 @@ class CacheUnavailableError(CacheError):
     """The daemon is absent, stopped, too slow, or of another version."""
 
 
+class DaemonAbsentError(CacheUnavailableError):
+    """No daemon runs: there is no directory, no socket, or nobody listens on it."""
+
+
 class InvalidReferenceError(CacheError):
     """The digest, bucket, prefix, size or source is not what it must be: mend the call."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgcache_core.directories import open_private_directory
-from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
+from dgcache_core.errors import CacheRefusedError, DaemonAbsentError
 
 SESSION_SOCKET = "session.sock"
 RPC_SOCKET = "rpc.sock"
@@ -59,7 +59,7 @@ def open_where_served(places: list[Candidate]) -> tuple[Path, int]:
 
     Raises:
         CacheRefusedError: there is none, and a place that exists failed its check.
-        CacheUnavailableError: there is none.
+        DaemonAbsentError: there is none.
     """
     refusal: CacheRefusedError | None = None
     for place in places:
@@ -78,7 +78,7 @@ def open_where_served(places: list[Candidate]) -> tuple[Path, int]:
         return place.path, descriptor
     if refusal is not None:
         raise refusal
-    raise CacheUnavailableError("no dg-cached is running: start it with dg-cache start")
+    raise DaemonAbsentError("no dg-cached is running: start it with dg-cache start")
 
 
 def make_first_usable(places: list[Candidate]) -> tuple[Path, int, list[CacheRefusedError]]:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -355,3 +356,13 @@ def test_a_reader_that_goes_away_is_no_traceback(shell: Shell) -> None:
     )
     assert done.stdout.strip() == b"1"
     assert b"Traceback" not in done.stderr
+
+
+def test_a_daemon_that_does_not_answer_is_not_called_absent(shell: Shell) -> None:
+    """Stopped by a signal, it still holds its sockets: exit status 69, and it says what is wrong."""
+    pid = json.loads(shell.said("status", "--json"))["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert "does not answer" in shell.refused("stop", status=69)
+    finally:
+        os.kill(pid, signal.SIGCONT)

@@ -350,11 +350,13 @@ def test_a_daemon_that_comes_back_is_used_again(daemon: Settings) -> None:
         assert cache.backend == "memory"
         assert daemon.socket_dir is not None
         log = daemon.socket_dir.parent / "log" / "dg-cached.log"
-        launcher.start(
+        again = launcher.start(
             os.environ | {"DG_CACHE_SOCKET_DIR": str(daemon.socket_dir)},
             daemon.socket_dir,
             log_file=log,
         )
+        assert again is not None
+        again.returncode = 0  # ended with the fixture, by its socket
         cache._look_again_at = 0.0  # the pause is over
         works(cache)
         assert cache.backend == "dg-cached"

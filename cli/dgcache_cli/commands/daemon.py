@@ -13,7 +13,7 @@ from dgcache import Settings, launcher
 from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
-from dgcache_core.errors import CacheError, CacheUnavailableError
+from dgcache_core.errors import CacheError, CacheUnavailableError, DaemonAbsentError
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
 _PATIENT_MS = 2000
@@ -75,7 +75,7 @@ def _stop(_: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     try:
         status = _ask(settings)
-    except CacheUnavailableError:
+    except DaemonAbsentError:
         print("dg-cached is not running")
         return exits.OK
     if status["supervisor"] == "systemd":
