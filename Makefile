@@ -52,9 +52,11 @@ environments: $(PROJECT) $(DELTAGLIDER)
 # $(1) the environment, $(2) its constraints, $(3) what goes into it
 define install
 	@echo "$(1): installing, once; this takes a minute or two"
-	@test -e $@ || $(PYTHON) -m venv --clear $(1)
-	@$(1)/bin/python $(PIP) install --quiet --upgrade -c $(2) $(BUILD)
-	@$(1)/bin/python $(PIP) install --quiet --no-build-isolation -c $(2) $(3)
+	@mkdir -p $(1)-temporary
+	@test -e $@ || TMPDIR=$(CURDIR)/$(1)-temporary $(PYTHON) -m venv --clear $(1)
+	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --upgrade -c $(2) $(BUILD)
+	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --no-build-isolation -c $(2) $(3)
+	@rm -rf $(1)-temporary
 	@touch $@
 endef
 
@@ -85,4 +87,4 @@ xdelta3: | python
 	@$(PYTHON) -m benchmarks.xdelta3
 
 clean:
-	rm -rf .venv .venv-deltaglider
+	rm -rf .venv .venv-*

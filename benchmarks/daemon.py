@@ -6,31 +6,30 @@ import secrets
 import select
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.processes import last_words
-from benchmarks.testbed import TestbedError, end_process
+from benchmarks.testbed import ROOT, TestbedError, end_process
 
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 
 
 @contextlib.contextmanager
-def running_daemon(
-    program: Path, *, environment: Mapping[str, str], directory: Path, log: Path
-) -> Iterator[int]:
-    """Run dg-cached in `directory`, its log in `log`; yield its process id.
+def running_daemon(program: Path, *, environment: Mapping[str, str], log: Path) -> Iterator[int]:
+    """Run dg-cached, its log in `log`; yield its process id.
 
     Raises:
         TestbedError: it does not say that it is ready in time; its log is in the message.
     """
     with _notifications() as (listener, address), log.open("wb") as output:
         process = subprocess.Popen(
-            [program],
+            [*(sys.executable, "-m", "benchmarks.leash"), str(os.getpid()), str(program)],
             env={**environment, "NOTIFY_SOCKET": address},
-            cwd=directory,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -13,12 +13,16 @@ from benchmarks.archives import MEGABYTE
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One process of DeltaGlider: what it took, and whether it did what it should."""
+    """One process of DeltaGlider: what it took, and whether it did what it should.
+
+    `remark` is what dg-cached's SDK said about itself, such as why it could not use the daemon.
+    """
 
     seconds: float
     peak_bytes: int
     reference_gets: int
     identical: bool
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ def failures(phases: Sequence[Phase]) -> list[str]:
         if not result.identical
     ]
     fetching = [
-        f"{pair.name}, dg-cached: a warm run fetched the reference {_times(pair.cached)}"
+        f"{pair.name}, dg-cached: a warm run fetched the reference{_why(pair.cached)}"
         for phase in phases
         for pair in phase.warm
         if pair.cached.reference_gets
@@ -95,8 +99,8 @@ def table(phases: Sequence[Phase]) -> RenderableType:
 _WAYS = ("stock", "cached")
 
 
-def _times(result: Result) -> str:
-    return "once" if result.reference_gets == 1 else f"{result.reference_gets} times"
+def _why(result: Result) -> str:
+    return f" ({result.remark})" if result.remark else ""
 
 
 def _cells(result: Result) -> tuple[str, str, str]:

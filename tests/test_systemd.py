@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.user_manager import UserManager, installed_wheel, require_user_manager
+
+from tests.support.user_manager import UserManager, installed_wheel, require_user_manager
 
 pytestmark = pytest.mark.root
 
@@ -137,9 +138,10 @@ def test_the_journal_has_events_with_their_priorities(manager: UserManager) -> N
 
 
 def test_stop_drains_and_succeeds(manager: UserManager, programs: Path) -> None:
-    """SIGTERM ends the daemon with status 0, and the sockets stay for the next start."""
+    """SIGTERM ends the daemon with status 0; the sockets stay, and the next client wakes it."""
     succeed(manager, "start", SERVICE)
     assert client(manager, programs, PATIENT) == SERVED
+    listening = sockets(manager)
     succeed(manager, "stop", SERVICE)
     ended = manager.show(SERVICE, "ActiveState", "Result", "ExecMainCode", "ExecMainStatus")
     assert ended == {
@@ -148,7 +150,8 @@ def test_stop_drains_and_succeeds(manager: UserManager, programs: Path) -> None:
         "ExecMainCode": "1",  # CLD_EXITED, not killed by the signal
         "ExecMainStatus": "0",
     }
-    assert state(manager, SOCKET) == "active"
+    assert (state(manager, SOCKET), sockets(manager)) == ("active", listening)
+    assert client(manager, programs, PATIENT) == SERVED
 
 
 def test_a_stopped_socket_unit_leaves_no_dead_socket(manager: UserManager, programs: Path) -> None:
@@ -193,6 +196,39 @@ def test_a_killed_daemon_comes_back_and_the_next_client_is_served(
 
     manager.wait_for(came_back)
     assert client(manager, programs, PATIENT) == SERVED
+
+
+def test_the_command_knows_that_systemd_supervises(manager: UserManager, programs: Path) -> None:
+    """`dg-cache` reads the journal, and stops through systemd, which would only start it again."""
+    succeed(manager, "start", SERVICE)
+
+    def dg_cache(*words: str) -> str:
+        done = manager.run([programs / "dg-cache", *words])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "under systemd" in dg_cache("status")
+    manager.wait_for(lambda: "started" in dg_cache("logs"))
+    before = manager.show(SERVICE, "MainPID")
+    dg_cache("restart")
+    assert (state(manager), manager.show(SERVICE, "MainPID") == before) == ("active", False)
+    dg_cache("stop")
+    assert (state(manager), state(manager, SOCKET)) == ("inactive", "inactive")
+    assert sockets(manager) == [f"0700 {manager.name} d dg-cached"]
+
+
+def test_clients_of_a_daemon_that_cannot_start_fall_back(
+    manager: UserManager, programs: Path
+) -> None:
+    """Who queues for it is sent away at once; soon systemd gives up, and resets who queues then."""
+    succeed(manager, "set-environment", "DG_CACHE_TTL_SECONDS=soon")
+    succeed(manager, "start", SOCKET)
+    for _ in range(20):
+        assert client(manager, programs, PATIENT) == {"same": True, "backend": "memory"}
+        if state(manager, SOCKET) == "failed":
+            break
+    assert manager.show(SOCKET, "Result")["Result"] == "service-start-limit-hit"
+    assert sockets(manager) == [f"0700 {manager.name} d dg-cached"]
 
 
 def test_a_wrong_setting_is_named_by_status_and_not_tried_again(

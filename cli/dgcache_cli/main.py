@@ -1,13 +1,14 @@
-"""`dg-cache`: the entry point; finds the command and turns errors into exit statuses."""
+"""`dg-cache`: the entry point; finds the command and turns errors into exit statuses.
+
+It is started for every file of a script, so that it imports what the command needs and no more.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 from dgcache_cli import exits
-from dgcache_cli.commands import daemon, deltaglider, references, setup
 from dgcache_core.errors import CacheError
 
 _EPILOG = f"""\
@@ -27,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["deltaglider"]:  # its options are DeltaGlider's, argparse must not read them
-        return _guarded(lambda: deltaglider.run_deltaglider(words[1:]))
+        from dgcache_cli.commands.deltaglider import run_deltaglider
+
+        return _guarded(lambda: run_deltaglider(words[1:]))
     arguments = make_parser().parse_args(words)
     return _guarded(lambda: int(arguments.run(arguments)))
 
@@ -48,24 +51,34 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
+    from dgcache_cli.commands import daemon, deltaglider, references, setup
+
     parser = argparse.ArgumentParser(
         prog="dg-cache",
         description="Use and look after dg-cached, the cache of delta references.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"dg-cache {_version()}")
+    parser.add_argument(
+        "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (daemon, references, setup, deltaglider):
         group.add_commands(commands)
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("dg-cached")
-    except PackageNotFoundError:
-        return "0+unknown"
+class _PrintVersion(argparse.Action):
+    """Looks the version up when it is asked for: importlib.metadata costs 30 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"dg-cache {version('dg-cached')}")
+        except PackageNotFoundError:
+            print("dg-cache 0+unknown")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dgcache.backends import Backend
-from dgcache.local import LocalBackend, make_local
 from dgcache.reference import Reference, sha256_of_descriptor
 from dgcache.report import logger, report_fallback, report_fetch, report_hit
 from dgcache.session import Session
@@ -39,6 +38,7 @@ from dgcache_core.sealed_files import create_memory_file, open_again, seal, writ
 from dgcache_core.store import EntryInfo, Freed
 
 if TYPE_CHECKING:
+    from dgcache.local import LocalBackend
     from dgcache.remote import DaemonBackend, RemoteDeposit
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class ReferenceCache:
 
     _lock: threading.Lock
     _remote: "DaemonBackend | None"
-    _local: LocalBackend | None
+    _local: "LocalBackend | None"
 
     def __init__(self, settings: Settings) -> None:
         """Look for the daemon once; see `dgcache.open`."""
@@ -344,15 +344,17 @@ class ReferenceCache:
             logger.debug("the daemon has no room: %s", error)
         return None
 
-    def _existing_local(self) -> LocalBackend | None:
+    def _existing_local(self) -> "LocalBackend | None":
         with self._lock:
             return self._local
 
-    def _local_backend(self) -> LocalBackend:
+    def _local_backend(self) -> "LocalBackend":
         with self._lock:
             if self._closed:
                 raise ValueError("this cache is closed")
             if self._local is None:
+                from dgcache.local import make_local  # cryptography is loaded only now
+
                 self._local, problem = make_local(self._settings)
                 self._local_name = self._local.name
                 if problem is not None:
@@ -499,7 +501,7 @@ def connect(settings: Settings) -> "DaemonBackend":
     return DaemonBackend(session)
 
 
-def _sweeper(local: LocalBackend) -> Callable[[], None]:
+def _sweeper(local: "LocalBackend") -> Callable[[], None]:
     """Let the store see at once that a reference was closed, without keeping the store alive."""
     weak = weakref.ref(local)
 

@@ -143,6 +143,7 @@ def _start_lock(
     finally:
         os.close(directory_fd)
     try:
+        os.fchmod(lock, 0o600)  # whatever the umask left of it
         _lock_within(lock, deadline)
         yield
     finally:
@@ -182,6 +183,7 @@ def _spawn(
         with os.fdopen(
             os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "ab"
         ) as log:
+            os.fchmod(log.fileno(), 0o600)
             child = subprocess.Popen(
                 program,
                 env=child_environment,

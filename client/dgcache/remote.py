@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.json_format import MessageToDict
 
 from dgcache.session import Session
 from dgcache.sources import Source
@@ -149,6 +148,8 @@ class DaemonBackend:
 
     def status(self) -> dict[str, Any]:
         """See `Backend`. The daemon's whole answer, field names as in the .proto."""
+        from google.protobuf.json_format import MessageToDict
+
         answer = self._call(self._stub.Status, pb.StatusRequest(), _SHORT_SECONDS)
         # MessageToDict gives 64-bit integers as strings (protobuf's JSON mapping): undo that
         status: dict[str, Any] = MessageToDict(

@@ -183,8 +183,12 @@ class MemoryStore:
         with self._lock:
             try:
                 self._require_admissible(size)
-                self._reserve(room)
                 key = self._new_key()
+                try:
+                    self._reserve(room)
+                except CacheFullError:
+                    key.erase()
+                    raise
             except CacheFullError:
                 self._counters.refused_stores += 1
                 if expected is not None and size > self.max_entry_bytes:
@@ -227,6 +231,10 @@ class MemoryStore:
                 self._bindings.bind(deltaspace, sha256)
             self._counters.stores += 1
             self._counters.stored_bytes += entry.frame.size
+
+    def _count_refusal(self) -> None:
+        with self._lock:
+            self._counters.refused_stores += 1
 
     def _abandon(self, ingest: "MemoryIngest") -> None:
         ingest.key.erase()
@@ -534,6 +542,7 @@ class MemoryIngest:
             sha256 = self._sealing.finish(self._expected)
         except InvalidReferenceError:
             self.abort()
+            self._store._count_refusal()
             raise
         self._ended = True
         self._sealing.release()

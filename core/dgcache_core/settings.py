@@ -92,7 +92,10 @@ def parse_number(text: str) -> float:
 
 def parse_path(text: str) -> Path:
     """Read a path; `~` is the home."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("names the home of somebody unknown") from error
 
 
 def parse_backend(text: str) -> str:

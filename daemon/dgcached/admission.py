@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
-from dgcache_core.errors import CacheError, CacheRefusedError
+from dgcache_core.errors import CacheError, CacheRefusedError, InvalidReferenceError
 from dgcached.registry import Peer, Registry
 from dgcached.sessions import Session
 from dgcached.statuses import UnauthenticatedError, abort_with
@@ -73,6 +74,7 @@ class AdmissionInterceptor(aio.ServerInterceptor):
         async def call(request: Any, context: aio.ServicerContext) -> Any:
             try:
                 caller = self._admit(context, claimed)
+                _require_parsed(request)
                 if caller.session is None:
                     return await behaviour(request, context)
                 async with caller.session.calls:
@@ -83,6 +85,7 @@ class AdmissionInterceptor(aio.ServerInterceptor):
         async def stream(request: Any, context: aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 self._admit(context, claimed)
+                _require_parsed(request)
                 async for response in behaviour(request, context):
                     yield response
             except CacheError as error:
@@ -110,7 +113,29 @@ def _with_behaviour(
     make = getattr(grpc, f"{kind}_rpc_method_handler")
     guarded: grpc.RpcMethodHandler = make(
         behaviour,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=_marking_malformed(handler.request_deserializer),
         response_serializer=handler.response_serializer,
     )
     return guarded
+
+
+class _Malformed:
+    """Stands for a message that does not parse. (grpc would end the call with UNKNOWN.)"""
+
+
+def _marking_malformed(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if parse is None:
+        return None
+
+    def parse_or_mark(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return _Malformed()
+
+    return parse_or_mark
+
+
+def _require_parsed(request: Any) -> None:
+    if isinstance(request, _Malformed):
+        raise InvalidReferenceError("the message does not parse")

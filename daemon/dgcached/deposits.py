@@ -34,21 +34,38 @@ class Deposit:
         self._ingest = ingest
         self._limits = limits
         try:
-            self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
-            with suppress(OSError):  # above pipe-user-pages-soft it stays 64 KiB (pipe(7))
-                fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            os.set_blocking(self._read_end, False)
             self._cancelled = os.eventfd(0, os.EFD_CLOEXEC)
+            try:
+                self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+            except OSError:
+                os.close(self._cancelled)
+                raise
         except OSError:
             ingest.abort()
             raise
+        with suppress(OSError):  # above pipe-user-pages-soft it stays 64 KiB (pipe(7))
+            fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        os.set_blocking(self._read_end, False)
         self._expiry: asyncio.TimerHandle | None = None
+        self._forget: Callable[[], object] | None = None
         self._filled = asyncio.get_running_loop().run_in_executor(workers, self._fill)
         self._filled.add_done_callback(self._await_commit)
+
+    def when_over(self, callback: Callable[[], object]) -> None:
+        """Call back some time after the bytes ended without a commit: the deposit is forgotten.
+
+        Until then a late CommitStore still hears why it failed.
+        """
+        self._forget = callback
 
     def when_ended(self, callback: Callable[[], None]) -> None:
         """Call back once the bytes have ended, well or not."""
         self._filled.add_done_callback(lambda _: callback())
+
+    @property
+    def filled(self) -> "asyncio.Future[None]":
+        """Done when the bytes have ended, well or not."""
+        return self._filled
 
     def lend(self) -> int:
         """Return the write end, which is the caller's to send and close."""
@@ -72,6 +89,7 @@ class Deposit:
         """Keep nothing. Does nothing after a commit."""
         if self._expiry is not None:
             self._expiry.cancel()
+            self._expiry = None
         if self._filled.done():
             self._ingest.abort()
         else:
@@ -84,10 +102,14 @@ class Deposit:
         if self.write_end >= 0:
             os.close(self.write_end)
         if filled.cancelled() or filled.exception() is not None:
-            self._ingest.abort()
-            return
+            self._ingest.abort()  # its room is somebody else's at once
         loop = asyncio.get_running_loop()
-        self._expiry = loop.call_later(self._limits.commit_seconds, self._ingest.abort)
+        self._expiry = loop.call_later(self._limits.commit_seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._ingest.abort()
+        if self._forget is not None:
+            self._forget()
 
     def _fill(self) -> None:
         """Runs in a worker thread."""

@@ -39,8 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the daemon and return its exit status."""
     harden()
     arguments = _parse(argv)
-    handed_over = take_listeners()
     notifier = Notifier()
+    try:
+        handed_over = take_listeners()
+    except CacheRefusedError as error:
+        return _fail(notifier, EX_REFUSED, str(error))
     try:
         resolved = resolve(
             DaemonSettings,
@@ -53,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     except SettingsError as error:
         return _fail(notifier, EX_SETTINGS, str(error))
-    log = logs.set_up(arguments.log_file, verbose=arguments.verbose)
+    try:
+        log = logs.set_up(arguments.log_file, verbose=arguments.verbose)
+    except OSError as error:
+        return _fail(notifier, EX_REFUSED, f"{arguments.log_file}: {error.strerror}")
     budget = choose_budget(resolved.settings.memory_size_mb)
     if budget.clamped:
         logs.event(

@@ -8,18 +8,30 @@ from dgcache_proto.v1 import dgcache_pb2 as pb
 
 _LARGEST_PAGE = 1000
 _LISTED_DELTASPACES = 100
+_FRAMING_BYTES = 8
+"""What a repeated field adds to each entry at the most, and some."""
 
 
 def page_of_entries(
-    entries: list[EntryInfo], page_size: int, after: Sha256 | None
+    entries: list[EntryInfo], page_size: int, after: Sha256 | None, max_bytes: int
 ) -> pb.ListResponse:
-    """Return the entries behind `after` in the order of their digests."""
+    """Return the entries behind `after` in the order of their digests, in about `max_bytes`.
+
+    There is always one; it has at most 130 kB, the length of the deltaspaces that are listed.
+    """
     ordered = sorted(entries, key=lambda entry: entry.sha256)
     start = bisect_right(ordered, after, key=lambda entry: entry.sha256) if after else 0
-    end = start + (min(page_size, _LARGEST_PAGE) or _LARGEST_PAGE)
-    return pb.ListResponse(
-        entries=[entry_message(entry) for entry in ordered[start:end]], more=end < len(ordered)
-    )
+    wanted = min(page_size, _LARGEST_PAGE) or _LARGEST_PAGE
+    page = pb.ListResponse()
+    size = 0
+    for entry in ordered[start : start + wanted]:
+        message = entry_message(entry)
+        size += message.ByteSize() + _FRAMING_BYTES
+        if size > max_bytes and page.entries:
+            break
+        page.entries.append(message)
+    page.more = start + len(page.entries) < len(ordered)
+    return page
 
 
 def entry_message(entry: EntryInfo) -> pb.Entry:

@@ -97,6 +97,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        self._listeners.make_inner_directory()
         inner_path = self._listeners.path_of(INNER_SOCKET)
         server, health = await self._start_inner(inner_path)
         listener = Listener(self._listeners.rpc, inner_path, self._registry, self._limits)
@@ -128,6 +129,7 @@ class Daemon:
         await self._sweeper.stop()
         await loop.run_in_executor(None, self._service.close)
         self._store.close()
+        self._listeners.remove_inner()
         self._listeners.close()
         event(logging.INFO, "stopped", uptime_seconds=round(time.monotonic() - self._started))
 

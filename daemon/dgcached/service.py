@@ -115,6 +115,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             _deltaspace(request.deltaspace), request.size, request.expected_sha256
         )
         session.deposits[request.request_id] = deposit
+        deposit.when_over(lambda: session.deposits.pop(request.request_id, None))
         write_end = deposit.lend()
         try:
             session.send_descriptor(request.request_id, pb.Descriptor.PURPOSE_DEPOSIT, write_end)
@@ -130,7 +131,11 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.CommitStoreRequest, context: aio.ServicerContext
     ) -> pb.CommitStoreResponse:
         """See the .proto."""
-        sha256 = await self._take_deposit(request.request_id).commit()
+        deposits = current_caller().require_session().deposits
+        try:
+            sha256 = await self._deposit(request.request_id).commit()
+        finally:
+            deposits.pop(request.request_id, None)
         self._on_change()
         return pb.CommitStoreResponse(sha256=bytes.fromhex(sha256))
 
@@ -138,7 +143,8 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.AbortStoreRequest, context: aio.ServicerContext
     ) -> pb.AbortStoreResponse:
         """See the .proto."""
-        self._take_deposit(request.request_id).cancel()
+        self._deposit(request.request_id).cancel()
+        del current_caller().require_session().deposits[request.request_id]
         return pb.AbortStoreResponse()
 
     async def Write(
@@ -146,15 +152,19 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     ) -> pb.WriteResponse:
         """See the .proto."""
         first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "begin":
+        if not isinstance(first, pb.WriteRequest) or first.WhichOneof("part") != "begin":
             raise InvalidReferenceError("the first message of a Write is its begin")
         deposit = await self._open_deposit(
             _deltaspace(first.begin.deltaspace), first.begin.size, first.begin.expected_sha256
         )
+        pouring = asyncio.create_task(_pour(request_iterator, deposit.lend()))
         try:
-            await _pour(request_iterator, deposit.lend())
+            await asyncio.wait({pouring, deposit.filled}, return_when=asyncio.FIRST_COMPLETED)
+            if pouring.done():
+                pouring.result()
             sha256 = await deposit.commit()
         finally:
+            pouring.cancel()
             deposit.cancel()
         self._on_change()
         return pb.WriteResponse(sha256=bytes.fromhex(sha256))
@@ -178,8 +188,8 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     def _count_ended(self) -> None:
         self._deposits -= 1
 
-    def _take_deposit(self, request_id: int) -> Deposit:
-        deposit = current_caller().require_session().deposits.pop(request_id, None)
+    def _deposit(self, request_id: int) -> Deposit:
+        deposit = current_caller().require_session().deposits.get(request_id)
         if deposit is None:
             raise InvalidReferenceError("this session has no such store in progress")
         return deposit
@@ -210,7 +220,9 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     async def List(self, request: pb.ListRequest, context: aio.ServicerContext) -> pb.ListResponse:
         """See the .proto."""
         after = _sha256(request.after_sha256) if request.after_sha256 else None
-        return page_of_entries(self._store.entries(), request.page_size, after)
+        return page_of_entries(
+            self._store.entries(), request.page_size, after, self._limits.message_bytes // 2
+        )
 
     async def Status(
         self, request: pb.StatusRequest, context: aio.ServicerContext
@@ -247,6 +259,8 @@ async def _pour(requests: AsyncIterator[pb.WriteRequest], write_end: int) -> Non
     os.set_blocking(write_end, False)
     try:
         async for request in requests:
+            if not isinstance(request, pb.WriteRequest) or request.WhichOneof("part") != "data":
+                raise InvalidReferenceError("after its begin, the messages of a Write are data")
             data = memoryview(request.data)
             while data:
                 try:

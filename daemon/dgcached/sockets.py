@@ -18,7 +18,10 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.runtime_directory import RPC_SOCKET, SESSION_SOCKET
 
 LOCK_FILE = "daemon.lock"
-INNER_SOCKET = "inner.sock"
+INNER_DIRECTORY = "inner"
+"""A directory of its own, 0700 like the one it is in: should somebody loosen that one's modes, the
+inner server, which cannot ask who connects, stays out of reach."""
+INNER_SOCKET = "inner/inner.sock"
 _SOCKET_MODE = 0o600
 _SO_PASSRIGHTS = 83  # Linux 6.17
 
@@ -38,12 +41,28 @@ class Listeners:
     rpc: socket.socket
     made_here: bool
 
+    def make_inner_directory(self) -> None:
+        """Make the place of the inner server's socket.
+
+        Raises:
+            CacheRefusedError: what is there already failed its check.
+        """
+        os.close(open_private_directory(self.directory / INNER_DIRECTORY, create=True))
+        with suppress(FileNotFoundError):  # of a daemon that was killed
+            os.unlink(INNER_SOCKET, dir_fd=self.directory_fd)
+
     def withdraw(self) -> None:
         """Take the names away first, so that nobody comes any more; systemd's stay with it."""
-        names = [INNER_SOCKET, *([SESSION_SOCKET, RPC_SOCKET] if self.made_here else [])]
-        for name in names:
+        for name in (SESSION_SOCKET, RPC_SOCKET) if self.made_here else ():
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.directory_fd)
+
+    def remove_inner(self) -> None:
+        """Take away what is inside, once the inner server has stopped."""
+        with suppress(FileNotFoundError):
+            os.unlink(INNER_SOCKET, dir_fd=self.directory_fd)
+        with suppress(OSError):
+            os.rmdir(INNER_DIRECTORY, dir_fd=self.directory_fd)
 
     def close(self) -> None:
         """Close the sockets and give up the lock. `withdraw` comes first."""

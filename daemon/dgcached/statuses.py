@@ -1,5 +1,7 @@
 """The one place where errors become gRPC status codes."""
 
+import logging
+
 import grpc
 from grpc import aio
 
@@ -12,6 +14,7 @@ from dgcache_core.errors import (
     CacheUnavailableError,
     InvalidReferenceError,
 )
+from dgcached.logs import event
 
 MISS_REASON_KEY = "dg-miss-reason"
 
@@ -31,6 +34,8 @@ class UnauthenticatedError(CacheRefusedError):
 
 async def abort_with(context: aio.ServicerContext, error: CacheError) -> None:
     """End the call with the status of `error`; a miss carries its reason."""
+    if isinstance(error, CacheCorruptionError):
+        event(logging.ERROR, "entry-dropped", reason=error)
     if isinstance(error, UnauthenticatedError):
         code = grpc.StatusCode.UNAUTHENTICATED
     else:

@@ -7,19 +7,34 @@ suggest speaking them directly.
 import os
 import socket
 
+from dgcache_core.errors import CacheRefusedError
+
 _FIRST_DESCRIPTOR = 3
+_MOST_DESCRIPTORS = 64
 
 
 def take_listeners() -> list[socket.socket]:
-    """Return the sockets that were handed over, and forget the variables that told of them."""
+    """Return the sockets that were handed over, and forget the variables that told of them.
+
+    Raises:
+        CacheRefusedError: what was handed over are not sockets.
+    """
     own = os.environ.get("LISTEN_PID") == str(os.getpid())
-    count = int(os.environ.get("LISTEN_FDS", "0")) if own else 0
+    text = os.environ.get("LISTEN_FDS", "0")
+    if own and not (text.isdecimal() and int(text) <= _MOST_DESCRIPTORS):
+        raise CacheRefusedError(f"LISTEN_FDS={text!r} is not a number of descriptors")
+    count = int(text) if own else 0
     for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(variable, None)
     listeners = []
     for descriptor in range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count):
-        os.set_inheritable(descriptor, False)
-        listeners.append(socket.socket(fileno=descriptor))
+        try:
+            os.set_inheritable(descriptor, False)
+            listeners.append(socket.socket(fileno=descriptor))
+        except OSError as error:
+            raise CacheRefusedError(
+                f"descriptor {descriptor} of LISTEN_FDS is no socket"
+            ) from error
     return listeners
 
 
@@ -38,7 +53,7 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(1)
             try:
-                sender.sendto(message.encode(), address)
+                sender.sendto(message.encode(errors="replace"), address)
             except OSError:
                 self._address = ""
 

@@ -5,9 +5,11 @@ something is held.
 """
 
 import asyncio
+import logging
 from contextlib import suppress
 
 from dgcache_core.memory_store import MemoryStore
+from dgcached.logs import event
 
 _POLL_SECONDS = 0.25
 _LONGEST_NAP_SECONDS = 3600.0
@@ -44,7 +46,11 @@ class Sweeper:
             else:
                 await self._nap()
             self._changed.clear()
-            await loop.run_in_executor(None, self._store.sweep)
+            try:
+                await loop.run_in_executor(None, self._store.sweep)
+            except OSError as error:  # the next sweep tries again; the daemon serves on
+                event(logging.ERROR, "sweep-failed", reason=error)
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def _nap(self) -> None:
         """Wait for the next change or the next expiry."""

@@ -34,6 +34,7 @@ def real_user() -> Iterator[pwd.struct_passwd]:
         account = pwd.getpwnam(name)
         for group in control_groups(account.pw_uid):
             group.mkdir(parents=True)
+            group.parent.chmod(0o755)  # whatever the umask of the test run
             for path in [group, *(group / file for file in _DELEGATED)]:
                 with contextlib.suppress(FileNotFoundError):
                     os.chown(path, account.pw_uid, account.pw_gid)

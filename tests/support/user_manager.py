@@ -31,7 +31,8 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from support.real_users import (
+
+from tests.support.real_users import (
     call,
     control_groups,
     end_processes_of,
@@ -106,7 +107,9 @@ def installed_wheel(prefix: Path) -> Path:
         if not (prefix / "complete").exists():
             call(str(Path(sys.executable).resolve()), "-m", "venv", "--clear", str(prefix))
             (own,) = prefix.glob("lib/python3*/site-packages")
-            (own / "dependencies.pth").write_text("\n".join(_package_places()) + "\n")
+            dependencies = own / "dependencies.pth"
+            dependencies.write_text("\n".join(_package_places()) + "\n")
+            dependencies.chmod(0o644)  # whatever the umask of the test run
             pip = (str(prefix / "bin" / "python"), "-m", "pip", "install", "--quiet")
             call(*pip, "--no-deps", "--ignore-installed", "--no-build-isolation", str(_CHECKOUT))
             (prefix / "complete").touch()
@@ -275,6 +278,7 @@ class UserManager:
             stdin=subprocess.DEVNULL,
             stdout=self.log.write_fd,
             stderr=self.log.write_fd,
+            umask=0o022,
             start_new_session=True,  # Ctrl-C is for pytest, which then ends this in its order
         )
         try:

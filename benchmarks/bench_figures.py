@@ -1,0 +1,155 @@
+"""What a measurement gives: figures with the target they are held to, and how they travel.
+
+The measuring programs run in two environments and write their groups as JSON; nothing but the
+standard library is imported here.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value; `low` and `high` are the extremes of the rounds it is the median of."""
+
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def target(self) -> str:
+        """What was aimed at, empty where the figure is only told."""
+        if self.at_most is not None:
+            return f"≤ {shown(self.at_most, self.unit)}"
+        if self.at_least is not None:
+            return f"≥ {shown(self.at_least, self.unit)}"
+        return ""
+
+    @property
+    def measured(self) -> str:
+        """The value with its unit."""
+        return shown(self.value, self.unit)
+
+    @property
+    def spread(self) -> str:
+        """The lowest and the highest round, empty where there is one value only."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"{shown(self.low, self.unit)} to {shown(self.high, self.unit)}"
+
+    @property
+    def met(self) -> bool | None:
+        """Tell whether the target was met; None without one."""
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """Say met, or missed and by how much; empty without a target."""
+        if self.met is None:
+            return ""
+        return "met" if self.met else f"missed by {self._shortfall}"
+
+    @property
+    def _shortfall(self) -> str:
+        target = self.at_most if self.at_most is not None else self.at_least
+        off = abs(self.value - (target or 0))
+        share = math.ceil(100 * off / target) if target else 0
+        return f"{share} %" if target else shown(off, self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Figures that were measured together, and how."""
+
+    title: str
+    how: str
+    figures: list[Figure] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What a figure depends on besides the machine."""
+
+    python: str
+    cryptography: str
+    grpcio: str
+
+
+def shown(value: float, unit: str) -> str:
+    """Return a value as people read it: three digits, then its unit."""
+    if unit == "x":
+        return f"{value:.2f}x"
+    digits = f"{value:.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
+    return f"{digits} {unit}".strip()
+
+
+def of(name: str, samples: Sequence[float], unit: str, **target: float) -> Figure:
+    """Return the median of the samples as a figure."""
+    return Figure(name, median(samples), unit, min(samples), max(samples), **target)
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Return the smallest sample that at least this share of all does not exceed."""
+    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Divide what was measured one after the other, pair by pair."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Return how long `work` takes."""
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1000
+
+
+def resident_megabytes(pid: int) -> float:
+    """Return what a process takes: resident pages and page tables, in MB.
+
+    From /proc/PID/status, which everybody may read; a daemon shows nobody but root its smaps
+    (proc_pid_status(5)). Shared libraries are counted as if they were its own.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    taken = [int(line.split()[1]) for line in lines if line.startswith(("VmRSS:", "VmPTE:"))]
+    return sum(taken) * 1024 / MEGABYTE
+
+
+def own_versions() -> Versions:
+    """Return the versions of this process."""
+    return Versions(platform.python_version(), version("cryptography"), version("grpcio"))
+
+
+def save(path: Path, groups: Sequence[Group]) -> None:
+    """Write groups, and the versions of this process, for the program that started it."""
+    told = {"versions": asdict(own_versions()), "groups": [asdict(group) for group in groups]}
+    path.write_text(json.dumps(told))
+
+
+def load(path: Path) -> tuple[Versions, list[Group]]:
+    """Read what `save` wrote."""
+    told: dict[str, Any] = json.loads(path.read_text())
+    groups = [
+        Group(group["title"], group["how"], [Figure(**figure) for figure in group["figures"]])
+        for group in told["groups"]
+    ]
+    return Versions(**told["versions"]), groups

@@ -1,0 +1,156 @@
+"""Measures the store itself, in one process: what encryption costs, without sockets.
+
+`python -m benchmarks.bench_store OUT --rounds N` runs in whichever environment shall be measured
+and writes its figures to OUT. Every lookup and every store is followed, or preceded, by what it is
+held against, over the same bytes.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.bench_figures import MEGABYTE, Figure, Group, milliseconds, of, ratios, save
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.sealed_files import create_memory_file, write_at
+
+SIZES_MB = (1, 10, 100, 500)
+SAMPLES_A_ROUND = {1: 20, 10: 8, 100: 3, 500: 1}
+PIECE_BYTES = 1 << 20
+
+_DELTASPACE = Deltaspace("bench", "store")
+_BUDGET_BYTES = 2048 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the figures."""
+    arguments = parse(argv, "Measure the store in this process.")
+    data = memoryview(os.urandom(max(SIZES_MB) * MEGABYTE))
+    save(arguments.out, [lookups(data, arguments.rounds), stores(data, arguments.rounds)])
+    return 0
+
+
+def lookups(data: memoryview, rounds: int) -> Group:
+    """Measure `MemoryStore.lookup` against the floor."""
+    figures = []
+    for size in SIZES_MB:
+        with _store() as store:
+            view = data[: size * MEGABYTE]
+            sha256 = _put(store, view)
+            looked_up, floor = [], []
+            for _ in range(rounds * SAMPLES_A_ROUND[size]):
+                floor.append(write_memory_file(view))
+                looked_up.append(_lookup(store, sha256))
+            figures += against_floor(f"{size} MB", looked_up, floor)
+    return Group(
+        "lookup of what nobody holds, in the store",
+        f"`MemoryStore.lookup` in one process, against {FLOOR}",
+        figures,
+    )
+
+
+def stores(data: memoryview, rounds: int) -> Group:
+    """Measure an ingest from memory against hashing alone."""
+    view = data[: 100 * MEGABYTE]
+    stored, hashed = [], []
+    with _store() as store:
+        for _ in range(rounds):
+            hashed.append(milliseconds(lambda: hashlib.sha256(view)))
+            stored.append(milliseconds(lambda: _put(store, view)))
+            store.evict(_DELTASPACE)
+    return Group(
+        "store of 100 MB, in the store",
+        "`MemoryStore.begin`, `fill`, `commit` from memory, against `hashlib.sha256` over the same "
+        "bytes in the same round",
+        [
+            of("SHA-256 of 100 MB alone", hashed, "ms"),
+            of("100 MB hashed, encrypted and kept", stored, "ms"),
+            of("against SHA-256 alone", ratios(stored, hashed), "x"),
+        ],
+    )
+
+
+FLOOR = (
+    "the floor: the same bytes, ready as plaintext, written with pwrite(2) in pieces of 1 MiB into "
+    "a fresh memfd by one thread, just before each lookup; the memory file of the measurement "
+    "before was freed each time, so that both find the kernel's page allocator warm"
+)
+
+
+def write_memory_file(plaintext: memoryview) -> float:
+    """Write plaintext into a fresh memory file; return the milliseconds. Freeing is not counted."""
+    descriptor = -1
+
+    def write() -> None:
+        nonlocal descriptor
+        descriptor = create_memory_file()
+        for offset in range(0, len(plaintext), PIECE_BYTES):
+            write_at(descriptor, plaintext[offset : offset + PIECE_BYTES], offset)
+
+    try:
+        return milliseconds(write)
+    finally:
+        os.close(descriptor)
+
+
+def against_floor(
+    name: str, looked_up: Sequence[float], floor: Sequence[float], **target: float
+) -> list[Figure]:
+    """Return the lookup, the floor, and their ratio pair by pair."""
+    return [
+        of(f"{name}, lookup", looked_up, "ms"),
+        of(f"{name}, floor", floor, "ms"),
+        of(f"{name}, against the floor", ratios(looked_up, floor), "x", **target),
+    ]
+
+
+def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """Read the command line of a measuring program."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def _store() -> Iterator[MemoryStore]:
+    store = MemoryStore(_BUDGET_BYTES, 3600, may_fork=False, max_entries=16)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _put(store: MemoryStore, data: memoryview) -> Sha256:
+    at = 0
+
+    def read(into: memoryview) -> int:
+        nonlocal at
+        piece = data[at : at + len(into)]
+        into[: len(piece)] = piece
+        at += len(piece)
+        return len(piece)
+
+    with store.begin(len(data), _DELTASPACE) as ingest:
+        ingest.fill(read)
+        return ingest.commit()
+
+
+def _lookup(store: MemoryStore, sha256: Sha256) -> float:
+    """Return the milliseconds of one lookup that decrypts."""
+    held: list[int] = []
+    before = store.status().counters
+    took = milliseconds(lambda: held.append(store.lookup(_DELTASPACE, sha256).fd))
+    os.close(held[0])
+    after = store.status().counters  # this also frees the plaintext, which nobody holds now
+    if (after.hits - before.hits, after.shared_hits - before.shared_hits) != (1, 0):
+        raise RuntimeError("the plaintext was still held: this lookup decrypted nothing")
+    return took
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Deposits: whatever the writer does, nothing wrong is kept and the room comes back."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import (
+    MIB,
+    SECONDS,
+    SPACE,
+    Client,
+    Daemon,
+    as_user,
+    eventually,
+    poll,
+    refused,
+    running,
+    script_running,
+    sha256,
+)
+
+DATA = b"the bytes of a reference"
+
+
+def nothing_is_kept(client: Client) -> bool:
+    status = client.status()
+    return (status.store.reserved_bytes, status.store.entries, status.stores_in_progress) == (
+        0,
+        0,
+        0,
+    )
+
+
+def pour(write_end: int, data: bytes) -> None:
+    """Write all and close; a reader that gave up is no error here."""
+    try:
+        with os.fdopen(write_end, "wb", buffering=0) as pipe:
+            left = memoryview(data)
+            while left:
+                left = left[pipe.write(left) or 0 :]
+    except BrokenPipeError:
+        pass
+
+
+WRONG = {
+    "nothing": (DATA, b"", b""),
+    "less": (DATA, DATA[:-1], b""),
+    "more": (DATA, DATA + b"!", b""),
+    "much more": (DATA, DATA + bytes(8 * MIB), b""),
+    "bytes for an empty reference": (b"", b"!", b""),
+    "other bytes": (DATA, DATA[::-1], sha256(DATA)),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_deposit_keeps_nothing(client: Client, kind: str) -> None:
+    """INVALID_ARGUMENT at the commit, and the reservation is given back."""
+    announced, sent, expected = WRONG[kind]
+    request_id, write_end = client.begin(len(announced), expected)
+    pour(write_end, sent)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        client.commit(request_id)
+    eventually(lambda: nothing_is_kept(client))
+
+
+@pytest.mark.parametrize("length", [0, 1, MIB - 1, MIB, MIB + 1, 5 * MIB])
+def test_a_right_deposit_is_kept(client: Client, length: int) -> None:
+    """At every boundary of the chunks."""
+    data = os.urandom(length)
+    request_id, write_end = client.begin(length, sha256(data))
+    pour(write_end, data)
+    assert client.commit(request_id) == sha256(data)
+    with os.fdopen(client.lookup(sha256(data)), "rb") as handout:
+        assert handout.read() == data
+    assert client.status().store.reserved_bytes == 0
+
+
+def test_room_is_reserved_before_a_byte_is_sent(client: Client) -> None:
+    """And given back by an abort, after which the pipe has no reader."""
+    request_id, write_end = client.begin(7 * MIB)
+    status = client.status()
+    assert status.store.reserved_bytes >= 7 * MIB
+    assert status.stores_in_progress == 1
+    client.call("AbortStore", pb.AbortStoreRequest(request_id=request_id))
+    eventually(lambda: nothing_is_kept(client))
+    with pytest.raises(BrokenPipeError):
+        os.write(write_end, b"x")
+    os.close(write_end)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        client.commit(request_id)
+
+
+def test_an_abort_at_the_end_of_the_bytes_is_no_half_of_one(client: Client) -> None:
+    """Whether it comes before, with, or after the last byte, the room comes back at once."""
+    for _ in range(50):
+        request_id, write_end = client.begin(1)
+        os.write(write_end, b"x")
+        os.close(write_end)
+        client.call("AbortStore", pb.AbortStoreRequest(request_id=request_id))
+    eventually(lambda: nothing_is_kept(client), 5)
+
+
+def test_a_store_is_committed_once(client: Client) -> None:
+    """The second time it is unknown; an abort afterwards takes nothing away."""
+    request_id, write_end = client.begin(len(DATA))
+    pour(write_end, DATA)
+    digest = client.commit(request_id)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        client.commit(request_id)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        client.call("AbortStore", pb.AbortStoreRequest(request_id=request_id))
+    os.close(client.lookup(digest))
+
+
+def test_a_store_of_another_session_cannot_be_ended(client: Client, daemon: Daemon) -> None:
+    """Neither committed nor aborted: request ids are the session's own."""
+    request_id, write_end = client.begin(len(DATA))
+    with Client(daemon.directory) as other:
+        for method in ("CommitStore", "AbortStore"):
+            request = getattr(pb, f"{method}Request")(request_id=request_id)
+            with refused(grpc.StatusCode.INVALID_ARGUMENT):
+                other.call(method, request)
+    pour(write_end, DATA)
+    assert client.commit(request_id) == sha256(DATA)
+
+
+def test_a_request_id_in_use_is_refused(client: Client) -> None:
+    """The store that has it goes on."""
+    request_id, write_end = client.begin(len(DATA))
+    request = pb.BeginStoreRequest(request_id=request_id, deltaspace=SPACE, size=1)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        client.call("BeginStore", request)
+    pour(write_end, DATA)
+    assert client.commit(request_id) == sha256(DATA)
+    assert client.status().store.reserved_bytes == 0
+
+
+def test_what_was_written_counts_and_not_what_the_file_holds_later(
+    client: Client, short_directory: Path
+) -> None:
+    """Spliced pages are the file's own until they are read: the digest is of the copy that is
+    stored, whichever moment wins."""
+    with Path(short_directory, "file").open("w+b") as file:
+        file.write(os.urandom(2 * MIB))
+        file.flush()
+        request_id, write_end = client.begin(2 * MIB)
+        at = 0
+        while at < 2 * MIB:
+            at += os.splice(file.fileno(), write_end, 2 * MIB - at, at)
+            os.pwrite(file.fileno(), os.urandom(4096), (at - 4096) // 4096 * 4096)
+        os.close(write_end)
+    digest = client.commit(request_id)
+    with os.fdopen(client.lookup(digest), "rb") as handout:
+        assert sha256(handout.read()) == digest
+
+
+# Begins a store, writes a part of it, says so, and waits for its end.
+WRITER = """
+from pathlib import Path
+from tests.support.wire import Client
+client = Client(Path(sys.argv[1]))
+request_id, write_end = client.begin(5 << 20)
+os.write(write_end, bytes(1000))
+if sys.argv[2] == "commit":
+    from dgcache_proto.v1 import dgcache_pb2 as pb
+    call = client.stub.CommitStore.future(
+        pb.CommitStoreRequest(request_id=request_id), metadata=client.metadata)
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("step", ["write", "commit"])
+def test_a_killed_writer_leaves_nothing(client: Client, daemon: Daemon, step: str) -> None:
+    """kill -9 amid the bytes, or while the commit waits for the rest of them."""
+    with script_running(None, WRITER, daemon.directory, step) as writer:
+        assert writer.stdout is not None
+        assert poll([writer.stdout.fileno()])
+        assert client.status().stores_in_progress == 1
+        writer.send_signal(signal.SIGKILL)
+        eventually(lambda: nothing_is_kept(client))
+        eventually(lambda: client.status().sessions == 1)
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Daemon]:
+    """A daemon that waits for nobody."""
+    limits = {
+        "deposit_idle_seconds": 0.3,
+        "deposit_bytes_per_second": 1_000_000,
+        "commit_seconds": 0.3,
+        "stores_at_once": 4,
+    }
+    with running(limits=limits) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def hurried(strict: Daemon) -> Iterator[Client]:
+    """Its client, with nothing stored."""
+    with Client(strict.directory) as client:
+        client.call("Clear", pb.ClearRequest())
+        yield client
+
+
+def test_a_writer_that_stalls_is_cut_off(hurried: Client) -> None:
+    """The room comes back without the writer's help, and the commit says why."""
+    request_id, write_end = hurried.begin(MIB)
+    os.write(write_end, b"some")
+    eventually(lambda: nothing_is_kept(hurried))
+    with pytest.raises(BrokenPipeError):
+        os.write(write_end, b"more")
+    os.close(write_end)
+    with refused(grpc.StatusCode.UNAVAILABLE) as errors:
+        hurried.commit(request_id)
+    assert "too slow" in (errors[0].details() or "")
+
+
+def test_a_writer_that_trickles_is_cut_off(hurried: Client) -> None:
+    """A byte now and then is no way to keep a reservation for ever."""
+    _, write_end = hurried.begin(MIB)
+    sent = 0
+    with pytest.raises(BrokenPipeError):
+        for _ in range(10_000):
+            sent += os.write(write_end, b"x")
+            poll([], 0.01)
+    os.close(write_end)
+    assert sent < 10_000
+    assert nothing_is_kept(hurried)
+
+
+def test_a_pipe_that_was_passed_on_does_not_outlive_the_session(client: Client) -> None:
+    """Another process holds the write end; the session's end takes its room away all the same."""
+    _, write_end = client.begin(MIB)
+    script = f"""
+heir = os.open("/proc/{os.getpid()}/fd/{write_end}", os.O_WRONLY)
+print(1, flush=True)
+sys.stdin.read()
+try:
+    os.write(heir, b"x")
+except BrokenPipeError:
+    print("broken")
+"""
+    with script_running(None, script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        os.close(write_end)
+        assert client.status().stores_in_progress == 1
+        assert client.session is not None
+        client.session.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: nothing_is_kept(client), 5)
+        assert process.communicate(timeout=SECONDS)[0] == "broken\n"
+
+
+def test_a_commit_that_waits_does_not_outlive_the_session(client: Client) -> None:
+    """The end of a session aborts its stores, also one whose commit waits for the last bytes."""
+    request_id, write_end = client.begin(len(DATA))
+    call = client.stub.CommitStore.future(
+        pb.CommitStoreRequest(request_id=request_id), metadata=client.metadata, timeout=SECONDS
+    )
+    assert client.call("Status", pb.StatusRequest()).stores_in_progress == 1
+    assert client.session is not None
+    client.session.shutdown(socket.SHUT_RDWR)
+    eventually(lambda: client.status().sessions == 0)
+    eventually(lambda: nothing_is_kept(client), 5)
+    pour(write_end, DATA)
+    assert call.code() is not grpc.StatusCode.OK
+
+
+def test_a_complete_deposit_that_nobody_commits_is_dropped(hurried: Client) -> None:
+    """After `commit_seconds` its room is somebody else's."""
+    request_id, write_end = hurried.begin(len(DATA))
+    pour(write_end, DATA)
+    eventually(lambda: nothing_is_kept(hurried))
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        hurried.commit(request_id)
+
+
+def test_the_id_of_a_store_that_ended_by_itself_is_forgotten(hurried: Client) -> None:
+    """A session's table of stores does not grow with those that nobody ended."""
+    request_id, write_end = hurried.begin(1)
+    os.close(write_end)
+    eventually(lambda: nothing_is_kept(hurried))
+    request = pb.BeginStoreRequest(request_id=request_id, deltaspace=SPACE, size=1)
+
+    def forgotten() -> bool:
+        try:
+            hurried.call("BeginStore", request)
+        except grpc.RpcError:
+            return False
+        os.close(hurried.receive()[1])
+        return True
+
+    eventually(forgotten, 5)
+
+
+def test_stores_at_once_are_limited(hurried: Client) -> None:
+    """The fifth is refused, and admitted when one of the four has ended."""
+    begun = [hurried.begin(len(DATA)) for _ in range(4)]
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        hurried.begin(len(DATA))
+    for request_id, write_end in begun:
+        pour(write_end, DATA)
+        hurried.commit(request_id)
+    hurried.store(DATA)
+
+
+def test_deposits_that_nobody_commits_cannot_use_up_the_budget() -> None:
+    """When every key is taken by such deposits, what is refused then leaves no reservation."""
+    limits = {"commit_seconds": 0.5}
+    with (
+        running(limits=limits, store={"max_entries": 4}) as daemon,
+        Client(daemon.directory) as client,
+    ):
+        for _ in range(4):
+            os.close(client.begin(0)[1])
+        for _ in range(3):
+            with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                client.begin(MIB)
+        eventually(lambda: nothing_is_kept(client), 5)
+        assert client.store(DATA)
+
+
+def test_a_writer_is_not_stopped_by_anothers_end(client: Client, daemon: Daemon) -> None:
+    """Sessions come and go meanwhile."""
+    request_id, write_end = client.begin(len(DATA))
+    as_user(None, WRITER, daemon.directory, "write")
+    pour(write_end, DATA)
+    assert client.commit(request_id) == sha256(DATA)

@@ -1,0 +1,168 @@
+"""Handouts: sealed, read-only, shared while held, gone when nobody holds them."""
+
+import fcntl
+import mmap
+import os
+import signal
+import stat
+
+import pytest
+
+from dgcache_core.sealed_files import require_sealed
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import MIB, SPACE, Client, Daemon, eventually, running, script_running
+
+DATA = os.urandom(2 * MIB + 3)
+
+
+@pytest.fixture
+def handout(client: Client) -> int:
+    """A held handout of DATA."""
+    return client.lookup(client.store(DATA))
+
+
+def test_nobody_can_change_a_handout(handout: int) -> None:
+    """Not through the descriptor, not by opening it anew, not by a mapping; not even as root."""
+    require_sealed(handout, len(DATA))
+    assert fcntl.fcntl(handout, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    assert stat.S_IMODE(os.fstat(handout).st_mode) == 0o400
+    for change in (
+        lambda: os.pwrite(handout, b"!", 0),
+        lambda: os.ftruncate(handout, 1),
+        lambda: os.ftruncate(handout, len(DATA) + 1),
+        lambda: mmap.mmap(handout, 0, prot=mmap.PROT_READ | mmap.PROT_WRITE),
+        lambda: fcntl.fcntl(handout, fcntl.F_ADD_SEALS, 0),
+    ):
+        with pytest.raises(OSError):  # noqa: PT011 - EBADF, EINVAL, EPERM or EACCES: never success
+            change()
+    path = f"/proc/self/fd/{handout}"
+    for flags in (os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC):
+        try:
+            again = os.open(path, flags)
+        except PermissionError:
+            continue
+        with pytest.raises(PermissionError):
+            os.pwrite(again, b"!", 0)
+        os.close(again)
+    assert os.pread(handout, len(DATA), 0) == DATA
+    os.close(handout)
+
+
+def test_every_holder_has_his_own_place_in_it(client: Client, daemon: Daemon) -> None:
+    """What one holder seeks or sets is his own affair."""
+    digest = client.store(DATA)
+    with Client(daemon.directory) as other:
+        mine, theirs = client.lookup(digest), other.lookup(digest)
+        assert os.fstat(mine).st_ino == os.fstat(theirs).st_ino
+        os.lseek(mine, 1000, os.SEEK_SET)
+        fcntl.fcntl(mine, fcntl.F_SETFL, os.O_NONBLOCK)
+        assert os.lseek(theirs, 0, os.SEEK_CUR) == 0
+        assert not fcntl.fcntl(theirs, fcntl.F_GETFL) & os.O_NONBLOCK
+        os.close(mine)
+        assert os.pread(theirs, len(DATA), 0) == DATA
+        os.close(theirs)
+
+
+def test_a_held_blob_is_decrypted_once(client: Client) -> None:
+    """Later hits share the plaintext; once nobody holds it the next hit decrypts anew."""
+    digest = client.store(DATA)
+    before = client.status().store.shared_hits
+    held = [client.lookup(digest) for _ in range(4)]
+    status = client.status().store
+    assert status.shared_hits - before == 3
+    assert status.handouts == 1
+    assert len({os.fstat(descriptor).st_ino for descriptor in held}) == 1
+    for descriptor in held:
+        os.close(descriptor)
+    eventually(lambda: client.status().store.handouts == 0)
+    os.close(client.lookup(digest))
+    assert client.status().store.shared_hits - before == 3
+
+
+@pytest.mark.root
+def test_a_handout_nobody_holds_is_closed_without_being_asked(
+    client: Client, daemon: Daemon
+) -> None:
+    """Plaintext is in memory only while somebody wants it: the daemon's descriptor goes by itself,
+    with no call that would make it look."""
+    digest = client.store(DATA)
+    before = daemon.descriptors()
+    descriptor = client.lookup(digest)
+    assert daemon.descriptors() == before + 1
+    os.close(descriptor)
+    eventually(lambda: daemon.descriptors() == before, 5)
+
+
+@pytest.mark.parametrize("way", ["mapped", "in another process", "unread"])
+def test_every_way_of_holding_counts(client: Client, way: str) -> None:
+    """A mapping without a descriptor, a process that got it from us, a packet not yet read."""
+    digest = client.store(DATA)
+    if way == "unread":
+        client.call("Lookup", pb.LookupRequest(request_id=77, deltaspace=SPACE, sha256=digest))
+        assert client.status().store.handouts == 1
+        os.close(client.receive()[1])
+    else:
+        descriptor = client.lookup(digest)
+        if way == "mapped":
+            mapping = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+            os.close(descriptor)
+            assert client.status().store.handouts == 1
+            assert mapping[:] == DATA
+            mapping.close()
+        else:
+            script = f"kept = os.open('/proc/{os.getpid()}/fd/{descriptor}', os.O_RDONLY)\n"
+            with script_running(None, script + "print(1, flush=True)\nsys.stdin.read()") as holder:
+                assert holder.stdout is not None
+                assert holder.stdout.readline()
+                os.close(descriptor)
+                assert client.status().store.handouts == 1
+                holder.send_signal(signal.SIGKILL)
+    eventually(lambda: client.status().store.handout_bytes == 0)
+
+
+@pytest.mark.parametrize("method", ["Clear", "Evict"])
+def test_what_is_held_survives_what_frees_its_entry(client: Client, method: str) -> None:
+    """It counts against the budget until its holder lets go."""
+    descriptor = client.lookup(client.store(DATA))
+    client.call(
+        method, pb.ClearRequest() if method == "Clear" else pb.EvictRequest(deltaspace=SPACE)
+    )
+    status = client.status().store
+    assert (status.entries, status.handouts) == (0, 1)
+    assert status.handout_bytes >= len(DATA)
+    assert os.pread(descriptor, len(DATA), 0) == DATA
+    os.close(descriptor)
+    eventually(lambda: client.status().store.handout_bytes == 0)
+
+
+def test_what_is_held_survives_the_daemon() -> None:
+    """kill -9 takes the daemon's memory, not its clients'."""
+    with running() as daemon, Client(daemon.directory) as client:
+        descriptor = client.lookup(client.store(DATA))
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+        require_sealed(descriptor, len(DATA))
+        assert os.pread(descriptor, len(DATA), 0) == DATA
+        os.close(descriptor)
+
+
+def test_opening_a_handout_while_it_is_probed_does_no_harm(client: Client, daemon: Daemon) -> None:
+    """An open() that meets the daemon's lease makes the kernel signal it: it lives on."""
+    digest = client.store(b"probed")
+    descriptor = client.lookup(digest)
+    script = f"""
+path = '/proc/{os.getpid()}/fd/{descriptor}'
+print(1, flush=True)
+try:
+    while True:
+        os.close(os.open(path, os.O_RDONLY))
+except OSError:
+    pass
+"""
+    with script_running(None, script) as hammer:
+        assert hammer.stdout is not None
+        assert hammer.stdout.readline()
+        for _ in range(300):
+            assert client.status().store.handouts == 1
+    os.close(descriptor)
+    eventually(lambda: client.status().store.handouts == 0)
+    assert daemon.process.poll() is None

@@ -1,0 +1,174 @@
+"""inner.sock, where gRPC itself listens: only the daemon's own relays are served there."""
+
+import os
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import (
+    FOREIGN_UID,
+    OWNER_UID,
+    SECONDS,
+    SPACE,
+    Client,
+    Daemon,
+    as_user,
+    eventually,
+    poll,
+    refused,
+    running,
+    script_running,
+)
+
+DIGEST = bytes(32)
+REQUESTS = {
+    "Lookup": pb.LookupRequest(deltaspace=SPACE, sha256=DIGEST),
+    "BeginStore": pb.BeginStoreRequest(deltaspace=SPACE, size=1),
+    "CommitStore": pb.CommitStoreRequest(),
+    "AbortStore": pb.AbortStoreRequest(),
+    "Contains": pb.ContainsRequest(deltaspace=SPACE, sha256=DIGEST),
+    "Evict": pb.EvictRequest(deltaspace=SPACE),
+    "Clear": pb.ClearRequest(),
+    "List": pb.ListRequest(),
+    "Status": pb.StatusRequest(),
+}
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_direct_call_is_refused(client: Client, daemon: Daemon, method: str) -> None:
+    """Whoever goes around the listener has no identity, even with a session id that is right."""
+    with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
+        for metadata in ((), client.metadata):
+            direct.metadata = metadata
+            with refused(grpc.StatusCode.PERMISSION_DENIED):
+                direct.call(method, REQUESTS[method])
+
+
+def test_direct_streams_are_refused(daemon: Daemon) -> None:
+    """In either direction."""
+    with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
+        with refused(grpc.StatusCode.PERMISSION_DENIED):
+            list(direct.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=DIGEST), timeout=SECONDS))
+        begin = pb.WriteRequest(begin=pb.WriteBegin(deltaspace=SPACE, size=1))
+        with refused(grpc.StatusCode.PERMISSION_DENIED):
+            direct.stub.Write(iter([begin, pb.WriteRequest(data=b"x")]), timeout=SECONDS)
+
+
+def test_the_standard_services_are_refused_as_well(daemon: Daemon) -> None:
+    """Health and reflection are no way around the check."""
+    with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
+        with refused(grpc.StatusCode.PERMISSION_DENIED):
+            direct.health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        with refused(grpc.StatusCode.PERMISSION_DENIED):
+            list(direct.health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS))
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        with refused(grpc.StatusCode.PERMISSION_DENIED):
+            list(
+                reflection_pb2_grpc.ServerReflectionStub(direct.channel).ServerReflectionInfo(
+                    iter([question]), timeout=SECONDS
+                )
+            )
+
+
+# Connects to inner.sock by itself, under a name of its choice, and lends the connection to gRPC.
+DIRECT = """
+import threading
+import grpc
+from dgcache_proto.v1 import dgcache_pb2 as pb, dgcache_pb2_grpc
+path, uid, namespaces, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if uid != os.getuid():
+    become(uid)
+if namespaces:
+    libc = ctypes.CDLL(None)
+    libc.prctl(4, 1, 0, 0, 0)
+    if libc.unshare(namespaces) != 0:
+        print("no user namespace")
+        sys.exit(0)
+relay = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+relay.bind("\\0" + name)
+relay.connect(path)
+own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+own.bind("")
+own.listen(1)
+
+def pump(source, target):
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+    except OSError:
+        pass
+
+def serve():
+    ours, _ = own.accept()
+    threading.Thread(target=pump, args=(ours, relay), daemon=True).start()
+    pump(relay, ours)
+
+threading.Thread(target=serve, daemon=True).start()
+channel = grpc.insecure_channel("unix-abstract:" + own.getsockname()[1:].decode())
+try:
+    answer = dgcache_pb2_grpc.ReferenceCacheStub(channel).Status(pb.StatusRequest(), timeout=10)
+    print("served by", answer.pid)
+except grpc.RpcError as error:
+    print(error.code().name)
+channel.close()
+"""
+# CLONE_NEWUSER | CLONE_NEWNET: abstract names are unique in one network namespace only
+NEW_NAMESPACES = 0x50000000
+
+HOLD = """
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+connection.connect(sys.argv[1])
+connection.send(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+print(len(connection.recv(4096)), flush=True)
+sys.stdin.read()
+"""
+
+
+def abstract_names() -> set[str]:
+    """Return the random names in use, which every user can list."""
+    table = Path("/proc/net/unix").read_text().splitlines()
+    names = [line.rpartition("@")[2] for line in table if "@" in line]
+    return {name for name in names if len(name) == 32 and set(name) <= set("0123456789abcdef")}
+
+
+def test_a_name_that_was_a_relays_admits_nobody(daemon: Daemon) -> None:
+    """A closed abstract name can be bound by anybody; it left the registry before it closed."""
+    before = abstract_names()
+    with script_running(None, HOLD, daemon.directory / "rpc.sock") as holder:
+        assert holder.stdout is not None
+        assert poll([holder.stdout.fileno()])
+        used = abstract_names() - before
+    eventually(lambda: not (used & abstract_names()))
+    assert used
+    for name in used:
+        said = as_user(None, DIRECT, daemon.directory / "inner/inner.sock", os.geteuid(), 0, name)
+        assert said == "PERMISSION_DENIED"
+
+
+@pytest.mark.root
+def test_another_user_with_the_name_of_a_living_relay_is_refused(short_directory: Path) -> None:
+    """In a network namespace of his own he can bind a name that is in use, and with loosened modes
+    he reaches inner.sock; he must not pass for its owner."""
+    short_directory.chmod(0o755)
+    place = short_directory / "s"
+    os.chown(short_directory, OWNER_UID, OWNER_UID)
+    before = abstract_names()
+    with running(place, uid=OWNER_UID), script_running(OWNER_UID, HOLD, place / "rpc.sock") as one:
+        assert one.stdout is not None
+        assert poll([one.stdout.fileno()])
+        place.chmod(0o755)
+        inner = place / "inner/inner.sock"
+        if inner.exists():
+            inner.chmod(0o666)
+        names = abstract_names() - before
+        assert names
+        for name in names:
+            with script_running(None, DIRECT, inner, FOREIGN_UID, NEW_NAMESPACES, name) as other:
+                said, _ = other.communicate(timeout=SECONDS)
+                if said.startswith("no user namespace"):
+                    pytest.skip("an ordinary user gets no namespaces here")
+                assert not said.startswith("served"), said

@@ -1,0 +1,197 @@
+"""How the daemon ends, and what is left of it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import (
+    MIB,
+    SECONDS,
+    SPACE,
+    Client,
+    Daemon,
+    connected,
+    eventually,
+    own_environment,
+    read_to_end,
+    running,
+)
+
+
+@pytest.fixture
+def own() -> Iterator[Daemon]:
+    """A daemon of this test alone, which it may end."""
+    with running(limits={"drain_seconds": 2}) as daemon:
+        yield daemon
+
+
+def ended_well(daemon: Daemon, status: int) -> None:
+    """It says what it did, and takes the names of its sockets away."""
+    assert status == 0, daemon.logged()
+    assert [path.name for path in daemon.directory.iterdir()] == ["daemon.lock"]
+    events = [line.split()[3] for line in daemon.logged().splitlines()]
+    assert events[:1] + events[-2:] == ["started", "stopping", "stopped"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_daemon(own: Daemon, number: int) -> None:
+    """With exit status 0."""
+    ended_well(own, own.stop(number))
+
+
+def test_an_idle_session_does_not_keep_the_daemon(own: Daemon) -> None:
+    """Its socket reads end of file, so that its client knows at once."""
+    with Client(own.directory) as client:
+        assert client.store(b"data")
+        assert client.session is not None
+        ended_well(own, own.stop())
+        assert read_to_end(client.session) == b""
+
+
+def test_a_get_in_progress_is_finished(own: Daemon) -> None:
+    """A large reference, asked for just before the signal, arrives whole; so does one that is
+    being streamed."""
+    data = os.urandom(24 * MIB)
+    with Client(own.directory) as client:
+        digest = client.store(data)
+        stream = client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=SECONDS)
+        assert next(stream).size == len(data)
+        request = pb.LookupRequest(request_id=99, deltaspace=SPACE, sha256=digest)
+        call = client.stub.Lookup.future(request, metadata=client.metadata, timeout=SECONDS)
+        call.add_done_callback(lambda _: None)
+        # this answer comes after the lookup's request on the same connection
+        client.status()
+        own.process.send_signal(signal.SIGTERM)
+        assert b"".join(answer.data for answer in stream) == data
+        assert call.result().size == len(data)
+        _, descriptor = client.receive()
+        with os.fdopen(descriptor, "rb") as handout:
+            assert handout.read() == data
+        ended_well(own, own.process.wait(SECONDS))
+
+
+@pytest.mark.parametrize("step", ["writing", "committing", "streaming"])
+def test_a_store_in_progress_does_not_keep_the_daemon(own: Daemon, step: str) -> None:
+    """A writer that does not come to an end loses its store, not the user his log-out."""
+    with Client(own.directory) as client, ExitStack() as stack:
+        call = None
+        if step == "streaming":
+            begin = pb.WriteRequest(begin=pb.WriteBegin(deltaspace=SPACE, size=5 * MIB))
+            read_end, write_end = os.pipe()
+            stack.callback(os.close, read_end)
+            stack.callback(os.close, write_end)
+            call = client.stub.Write.future(_until(begin, read_end), timeout=SECONDS)
+        else:
+            request_id, write_end = client.begin(5 * MIB)
+            stack.callback(os.close, write_end)
+            os.write(write_end, b"some")
+            if step == "committing":
+                request = pb.CommitStoreRequest(request_id=request_id)
+                call = client.stub.CommitStore.future(
+                    request, metadata=client.metadata, timeout=SECONDS
+                )
+        eventually(lambda: client.status().stores_in_progress == 1)
+        ended_well(own, own.stop())
+        if call is not None:
+            assert call.code() is not grpc.StatusCode.OK
+
+
+def _until(first: pb.WriteRequest, read_end: int) -> Iterator[pb.WriteRequest]:
+    yield first
+    os.read(read_end, 1)
+
+
+def test_a_store_that_finishes_while_draining_is_answered(own: Daemon) -> None:
+    """The commit that was in progress at the signal succeeds if its bytes come in time."""
+    with Client(own.directory) as client:
+        request_id, write_end = client.begin(4)
+        request = pb.CommitStoreRequest(request_id=request_id)
+        call = client.stub.CommitStore.future(request, metadata=client.metadata, timeout=SECONDS)
+        client.status()
+        own.process.send_signal(signal.SIGTERM)
+        eventually(lambda: not (own.directory / "session.sock").exists())
+        with os.fdopen(write_end, "wb") as pipe:
+            pipe.write(b"data")
+        assert call.result().sha256
+        ended_well(own, own.process.wait(SECONDS))
+
+
+def test_nobody_is_let_in_while_draining(own: Daemon) -> None:
+    """The names go first: a new client finds no daemon and falls back at once."""
+    with Client(own.directory) as client:
+        _, write_end = client.begin(4)
+        own.process.send_signal(signal.SIGTERM)
+        eventually(lambda: not (own.directory / "rpc.sock").exists())
+        with pytest.raises(FileNotFoundError):
+            connected(str(own.directory / "session.sock"), socket.SOCK_SEQPACKET)
+        os.close(write_end)
+        ended_well(own, own.process.wait(SECONDS))
+
+
+def test_a_start_during_a_stop_gets_a_daemon(short_directory: Path) -> None:
+    """`dg-cache start` waits for the one that is ending, and starts the next."""
+    place = short_directory / "s"
+    environ = own_environment() | {
+        "DG_CACHE_SOCKET_DIR": str(place),
+        "XDG_STATE_HOME": str(short_directory),
+    }
+    argv = [sys.executable, "-m", "dgcache_cli"]
+    with running(place, limits={"drain_seconds": 2}) as ending, Client(place) as client:
+        request_id, write_end = client.begin(4)
+        request = pb.CommitStoreRequest(request_id=request_id)
+        call = client.stub.CommitStore.future(request, metadata=client.metadata, timeout=SECONDS)
+        client.status()
+        ending.process.send_signal(signal.SIGTERM)
+        eventually(lambda: not (place / "session.sock").exists())
+        started = subprocess.run(
+            [*argv, "start"], env=environ, capture_output=True, text=True, timeout=40, check=False
+        )
+        os.close(write_end)
+        call.cancel()
+        subprocess.run([*argv, "stop"], env=environ, capture_output=True, timeout=40, check=False)
+    assert (started.returncode, started.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("phase", ["stored", "held", "storing", "streaming"])
+def test_a_killed_daemon_leaves_no_plaintext(short_directory: Path, phase: str) -> None:
+    """Not one byte of a reference in any file below its directories, whenever kill -9 comes."""
+    marker = secrets.token_hex(32).encode()
+    data = marker * (3 * MIB // len(marker))
+    places = {name: short_directory / name for name in ("run", "state", "tmp", "home")}
+    for place in places.values():
+        place.mkdir(0o700)
+    environ = {
+        "XDG_STATE_HOME": str(places["state"]),
+        "TMPDIR": str(places["tmp"]),
+        "HOME": str(places["home"]),
+    }
+    options = ("--memory-size-mb", "64", "--log-file", str(places["state"] / "log"), "--verbose")
+    with (
+        running(places["run"], environ=environ, options=options) as daemon,
+        Client(places["run"]) as client,
+        ExitStack() as stack,
+    ):
+        digest = client.store(data)
+        if phase == "held":
+            stack.callback(os.close, client.lookup(digest))
+        elif phase == "storing":
+            _, write_end = client.begin(2 * len(data))
+            stack.callback(os.close, write_end)
+            os.write(write_end, data[: 1 << 16])
+        elif phase == "streaming":
+            next(client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest)))
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+        files = [path for path in short_directory.rglob("*") if path.is_file()]
+        assert files
+        for path in [*files, daemon.log]:
+            assert marker not in path.read_bytes(), path

@@ -1,0 +1,192 @@
+"""Past a limit the daemon refuses, and everybody who was there before goes on."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import grpc
+import pytest
+
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import (
+    MIB,
+    SECONDS,
+    SPACE,
+    Client,
+    Daemon,
+    connected,
+    eventually,
+    read_to_end,
+    refused,
+    running,
+)
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Daemon]:
+    """A daemon with few places and little patience."""
+    limits = {"connections": 4, "sessions": 3, "handshake_seconds": 0.5}
+    with running(limits=limits) as daemon:
+        yield daemon
+        assert daemon.process.poll() is None
+
+
+def test_connections_over_the_limit_are_closed(small: Daemon) -> None:
+    """At once and without a word; the fourth goes on, and a place that is free is given again."""
+    with Client(small.directory) as client, ExitStack() as stack:
+        eventually(lambda: client.status().connections == 1)
+        for number in (2, 3, 4):
+            one = stack.enter_context(
+                connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM)
+            )
+            one.sendall(PREFACE + SETTINGS)
+            assert one.recv(1)
+            assert client.status().connections == number
+        for _ in range(10):
+            with connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM) as over:
+                assert read_to_end(over) == b""
+        assert client.status().connections == 4
+        assert client.store(b"established")
+        stack.close()
+        eventually(lambda: client.status().connections == 1)
+        with Client(small.directory) as another:
+            assert another.store(b"another")
+    assert "limit-reached limit=connections" in small.logged()
+
+
+def test_sessions_over_the_limit_are_closed(small: Daemon) -> None:
+    """Before their Hello; the established ones go on, and a free place is given again."""
+    with Client(small.directory) as client, ExitStack() as stack:
+        for _ in range(2):
+            one = connected(str(small.directory / "session.sock"), socket.SOCK_SEQPACKET)
+            assert stack.enter_context(one).recv(4096)
+        for _ in range(10):
+            with connected(str(small.directory / "session.sock"), socket.SOCK_SEQPACKET) as over:
+                assert read_to_end(over) == b""
+        assert client.status().sessions == 3
+        assert client.store(b"established")
+        stack.close()
+        eventually(lambda: client.status().sessions == 1)
+        with Client(small.directory) as another:
+            assert another.store(b"another")
+    assert "limit-reached limit=sessions" in small.logged()
+
+
+@pytest.mark.parametrize("said", [b"", b"P", PREFACE])
+def test_who_does_not_finish_a_handshake_is_closed(small: Daemon, said: bytes) -> None:
+    """Silent, silent after a byte, or silent after the preface: the place is free again soon."""
+    with Client(small.directory, session=False) as client:
+        before = client.status().connections
+        with connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM) as silent:
+            silent.sendall(said)
+            read_to_end(silent)
+            eventually(lambda: client.status().connections == before)
+
+
+def test_an_established_connection_may_be_idle(small: Daemon) -> None:
+    """The limit is on the handshake: who has shaken hands is not thrown out for waiting."""
+    with Client(small.directory) as client:
+        assert client.store(b"before")
+        with connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM) as silent:
+            read_to_end(silent)  # which takes as long as the limit
+        with connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM) as silent:
+            read_to_end(silent)
+        assert client.store(b"after")
+        assert client.status().connections == 1
+
+
+def unread(client: Client, digest: bytes, most: int) -> int:
+    """Look up without reading, and return how many were sent until the daemon refused."""
+    for number in range(most):
+        request = pb.LookupRequest(request_id=1000 + number, deltaspace=SPACE, sha256=digest)
+        try:
+            client.call("Lookup", request)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017 - it counts
+            return number
+    return most
+
+
+def test_descriptors_nobody_reads_are_bounded(client: Client, daemon: Daemon) -> None:
+    """A client that never reads its session stops itself and no bystander, and recovers."""
+    digest = client.store(b"unread")
+    with Client(daemon.directory) as lazy:
+        sent = unread(lazy, digest, 100)
+        assert 4 <= sent <= 32
+        assert unread(lazy, digest, 1) == 0
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            lazy.call("BeginStore", pb.BeginStoreRequest(request_id=1, deltaspace=SPACE, size=MIB))
+        assert client.status().store.reserved_bytes == 0
+        for _ in range(50):
+            os.close(client.lookup(digest))
+        for _ in range(sent):
+            os.close(lazy.receive()[1])
+        os.close(lazy.lookup(digest))
+
+
+def test_a_hundred_clients_that_never_read_stop_nobody(client: Client, daemon: Daemon) -> None:
+    """The kernel bounds descriptors in flight over all sockets of a user (unix(7), ETOOMANYREFS):
+    the bystander is served all the same."""
+    digest = client.store(b"unread by all")
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(Client(daemon.directory)) for _ in range(100)]
+        for lazy in crowd:
+            assert unread(lazy, digest, 20) >= 4
+        for _ in range(20):
+            os.close(client.lookup(digest))
+        assert client.store(b"a store of the bystander")
+    eventually(lambda: client.status().store.handout_bytes == 0)
+
+
+def test_a_message_over_the_limit_is_refused(client: Client) -> None:
+    """RESOURCE_EXHAUSTED, and the connection goes on."""
+    request = pb.ContainsRequest(deltaspace=SPACE, sha256=bytes(5 * MIB))
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        client.call("Contains", request)
+    begin = pb.WriteRequest(begin=pb.WriteBegin(deltaspace=SPACE, size=5 * MIB))
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        client.stub.Write(iter([begin, pb.WriteRequest(data=bytes(5 * MIB))]), timeout=SECONDS)
+    eventually(lambda: client.status().store.reserved_bytes == 0)
+    assert client.store(b"still here")
+
+
+def test_calls_over_a_sessions_limit_wait_and_are_served(client: Client) -> None:
+    """A client with many threads waits for itself; nothing fails."""
+    digest = client.store(os.urandom(MIB))
+    request = pb.ContainsRequest(deltaspace=SPACE, sha256=digest)
+    calls = [
+        client.stub.Contains.future(request, metadata=client.metadata, timeout=SECONDS)
+        for _ in range(200)
+    ]
+    assert all(call.result().contained for call in calls)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_a_store_without_descriptors_loses_nothing(free: int) -> None:
+    """Whichever of its descriptors is the one too many, it is refused as a full cache is, and
+    neither room nor the descriptors it already had are lost."""
+    with (
+        running(prefix=("prlimit", "--nofile=80")) as daemon,
+        Client(daemon.directory) as client,
+    ):
+        digest = client.store(b"there before")
+        before = daemon.descriptors()
+        with ExitStack() as stack:
+            while daemon.descriptors() < 80 - free:
+                path = str(daemon.directory / "session.sock")
+                filler = stack.enter_context(connected(path, socket.SOCK_SEQPACKET))
+                assert filler.recv(4096)
+            for _ in range(3):
+                with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                    client.begin(MIB)
+            assert daemon.descriptors() == 80 - free
+        eventually(lambda: client.status().sessions == 1)
+        assert daemon.descriptors() == before
+        assert client.status().store.reserved_bytes == 0
+        os.close(client.lookup(digest))
+        assert client.store(b"afterwards")

@@ -1,0 +1,161 @@
+"""Read and Write: the same bytes and the same checks, for clients without descriptors."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.wire import MIB, SECONDS, SPACE, Client, eventually, refused, running, sha256
+
+CHUNK = MIB
+LENGTHS = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK]
+
+
+def begin(size: int, expected: bytes = b"") -> pb.WriteRequest:
+    return pb.WriteRequest(
+        begin=pb.WriteBegin(deltaspace=SPACE, size=size, expected_sha256=expected)
+    )
+
+
+def pieces(data: bytes, size: int = CHUNK) -> list[pb.WriteRequest]:
+    return [pb.WriteRequest(data=data[at : at + size]) for at in range(0, len(data), size)]
+
+
+def write(client: Client, *messages: pb.WriteRequest) -> bytes:
+    digest: bytes = client.stub.Write(iter(messages), timeout=SECONDS).sha256
+    return digest
+
+
+def read(client: Client, digest: bytes) -> list[pb.ReadResponse]:
+    return list(client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=SECONDS))
+
+
+def nothing_is_kept(client: Client) -> bool:
+    status = client.status()
+    return (status.store.reserved_bytes, status.store.entries, status.stores_in_progress) == (
+        0,
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_bytes_come_back_as_they_were_written(client: Client, length: int) -> None:
+    """At every boundary; the first answer has the size, none more than a mebibyte."""
+    data = os.urandom(length)
+    digest = write(client, begin(length, sha256(data)), *pieces(data))
+    assert digest == sha256(data)
+    first, *rest = read(client, digest)
+    assert (first.size, first.data) == (length, b"")
+    assert b"".join(answer.data for answer in rest) == data
+    assert all(0 < len(answer.data) <= CHUNK for answer in rest)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 3 * CHUNK])
+def test_pieces_of_any_size_are_taken(client: Client, size: int) -> None:
+    """Empty ones, too."""
+    data = os.urandom(max(2000, 2 * size) if size > 1 else 100)
+    messages = [begin(len(data)), pb.WriteRequest(data=b""), *pieces(data, size)]
+    assert write(client, *messages, pb.WriteRequest(data=b"")) == sha256(data)
+
+
+def test_the_two_ways_store_the_same(client: Client) -> None:
+    """What one way stored, the other reads."""
+    digest = client.store(b"by pipe")
+    assert read(client, digest)[1].data == b"by pipe"
+    digest = write(client, begin(9), pb.WriteRequest(data=b"by stream"))
+    with os.fdopen(client.lookup(digest), "rb") as handout:
+        assert handout.read() == b"by stream"
+
+
+DATA = b"abc"
+WRONG = {
+    "nothing at all": [],
+    "no begin": [pb.WriteRequest(data=DATA)],
+    "an empty first message": [pb.WriteRequest(), begin(3), *pieces(DATA)],
+    "too few bytes": [begin(4), *pieces(DATA)],
+    "no bytes": [begin(1)],
+    "too many bytes": [begin(2), *pieces(DATA)],
+    "bytes for an empty reference": [begin(0), *pieces(DATA)],
+    "another digest": [begin(3, sha256(b"other")), *pieces(DATA)],
+    "a digest that is none": [begin(3, b"short"), *pieces(DATA)],
+    "a second begin": [begin(3), begin(3), *pieces(DATA)],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_write_keeps_nothing(client: Client, kind: str) -> None:
+    """INVALID_ARGUMENT, and the reservation is given back."""
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        write(client, *WRONG[kind])
+    eventually(lambda: nothing_is_kept(client))
+
+
+def test_a_write_that_is_too_large_is_refused_at_its_begin(client: Client) -> None:
+    """Nobody sends 33 MiB to hear at the end that there was no room."""
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        write(client, begin(client.hello.limits.max_entry_bytes + 1))
+    assert nothing_is_kept(client)
+
+
+class _Held:
+    """Messages that stop after the given ones until `end`."""
+
+    def __init__(self, *messages: pb.WriteRequest) -> None:
+        self._messages = messages
+        self._ended = threading.Event()
+        self.sent = threading.Event()
+
+    def __iter__(self) -> Iterator[pb.WriteRequest]:
+        yield from self._messages
+        self.sent.set()
+        self._ended.wait(SECONDS)
+
+    def end(self) -> None:
+        self._ended.set()
+
+
+@pytest.mark.parametrize(
+    ("size", "sent"),
+    [(5 * CHUNK, 0), (5 * CHUNK, 1), (5 * CHUNK, 5 * CHUNK // 2), (5 * CHUNK, 5 * CHUNK), (1, 1)],
+)
+def test_a_write_that_is_cancelled_keeps_nothing(client: Client, size: int, sent: int) -> None:
+    """Before, amid and after the bytes: a client that goes away before it said that this is the
+    end stores nothing and leaves no reservation."""
+    messages = _Held(begin(size), *pieces(os.urandom(sent)))
+    call = client.stub.Write.future(iter(messages), timeout=SECONDS)
+    assert messages.sent.wait(SECONDS)
+    for _ in range(20):  # calls that come after the bytes on the same connection
+        assert client.status().stores_in_progress == 1
+    assert client.status().store.reserved_bytes > size
+    call.cancel()
+    messages.end()
+    eventually(lambda: nothing_is_kept(client), 5)
+
+
+def test_a_writer_that_stalls_is_told_so() -> None:
+    """The call ends at the limit; it does not wait for the client's next message."""
+    limits = {"deposit_idle_seconds": 0.2}
+    with running(limits=limits) as daemon, Client(daemon.directory) as client:
+        messages = _Held(begin(100), *pieces(b"some"))
+        with refused(grpc.StatusCode.UNAVAILABLE):
+            client.stub.Write(iter(messages), timeout=10)
+        messages.end()
+        eventually(lambda: nothing_is_kept(client))
+
+
+def test_a_reader_that_stops_holds_up_nobody(client: Client) -> None:
+    """gRPC's and the relay's buffers fill, then the daemon waits with the rest."""
+    digest = client.store(os.urandom(20 * MIB))
+    request = pb.ReadRequest(deltaspace=SPACE, sha256=digest)
+    stalled = [client.stub.Read(request, timeout=SECONDS) for _ in range(8)]
+    for call in stalled:
+        assert next(call).size == 20 * MIB
+    assert client.store(b"bystander")
+    assert sum(len(answer.data) for answer in read(client, digest)) == 20 * MIB
+    for call in stalled:
+        call.cancel()
+    eventually(lambda: client.status().store.handout_bytes == 0)
