@@ -68,10 +68,22 @@ def state(manager: UserManager, unit: str = SERVICE) -> str:
 
 
 def sockets(manager: UserManager) -> list[str]:
-    """Return mode, owner, kind and name of the directory of the sockets and of what is in it."""
+    """Return mode, owner, kind and name of the sockets and of their directory."""
     place = manager.runtime_dir / "dg-cached"
-    listed = manager.run(["find", place, "-type", "s,d", "-printf", "%#m %u %y %f\n"])
-    return sorted(line for line in listed.stdout.splitlines() if "inner.sock" not in line)
+    names = [
+        "(",
+        "-path",
+        str(place),
+        "-o",
+        "-name",
+        "rpc.sock",
+        "-o",
+        "-name",
+        "session.sock",
+        ")",
+    ]
+    listed = manager.run(["find", place, "-maxdepth", "1", *names, "-printf", "%#m %u %y %f\n"])
+    return sorted(listed.stdout.splitlines())
 
 
 def test_the_units_are_installed_with_the_path_of_the_program(

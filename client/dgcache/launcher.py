@@ -27,7 +27,7 @@ from dgcache_core.errors import (
     CacheUnavailableError,
     DaemonAbsentError,
 )
-from dgcache_core.runtime_directory import candidates, make_first_usable
+from dgcache_core.runtime_directory import DAEMON_LOCK, candidates, make_first_usable
 
 START_LOCK = "start.lock"
 _UCRED = struct.Struct("3i")
@@ -75,7 +75,11 @@ def start(
             return None
         os.close(open_private_directory(log_file.parent, create=True))
         program = [python, "-m", "dgcached", *options, "--log-file", str(log_file)]
-        return _spawn(program, environ, log_file, deadline)
+        while True:
+            started = _spawn(program, environ, log_file, deadline)
+            if started is not None or is_serving(socket_dir, environ):
+                return started
+            _wait_for_the_one_that_ends(socket_dir, environ, deadline)
 
 
 def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
@@ -150,6 +154,23 @@ def _start_lock(
         os.close(lock)
 
 
+def _wait_for_the_one_that_ends(
+    socket_dir: Path | None, environ: Mapping[str, str], deadline: float
+) -> None:
+    """A daemon that drains holds its lock, and serves nobody any more."""
+    _, directory_fd, _ = make_first_usable(candidates(socket_dir, environ))
+    try:
+        lock = os.open(DAEMON_LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(directory_fd)
+    try:
+        _lock_within(lock, deadline)
+    finally:
+        os.close(lock)
+
+
 def _lock_within(lock: int, deadline: float) -> None:
     """flock(2) has no timeout of its own: a short-lived helper waits in our place and is killed."""
     try:
@@ -163,10 +184,10 @@ def _lock_within(lock: int, deadline: float) -> None:
         done = subprocess.run([*waiter, str(lock)], pass_fds=(lock,), check=False)
     except FileNotFoundError as error:
         raise CacheUnavailableError(
-            "another start is under way, and flock(1) is missing"
+            "another start or stop is under way, and flock(1) is missing"
         ) from error
     if done.returncode != 0:
-        raise CacheUnavailableError("another start is under way and does not end: try again")
+        raise CacheUnavailableError("another start or stop does not end: try again")
 
 
 def _spawn(

@@ -102,9 +102,8 @@ def open_chunk(
         CacheCorruptionError: the check failed; what `plain` holds now must not be used.
     """
     try:
-        _decrypt_into(
-            key, _chunk_nonce(frame, index), blob[frame.sealed_span(index)], frame.pack(), plain
-        )
+        with blob[frame.sealed_span(index)] as sealed:  # no traceback may hold on to the blob
+            _decrypt_into(key, _chunk_nonce(frame, index), sealed, frame.pack(), plain)
     except InvalidTag as error:
         raise CacheCorruptionError(f"chunk {index} of {frame.chunks} failed its check") from error
 
@@ -126,9 +125,8 @@ def open_header(key: memoryview, blob: memoryview) -> tuple[Frame, Sha256]:
         raise CacheCorruptionError("the blob is shorter than its header")
     header = bytes(blob[:HEADER_BYTES])
     try:
-        _decrypt_into(
-            key, _SEAL_NONCE, blob[HEADER_BYTES:BODY_OFFSET], header, memoryview(bytearray())
-        )
+        with blob[HEADER_BYTES:BODY_OFFSET] as seal:
+            _decrypt_into(key, _SEAL_NONCE, seal, header, memoryview(bytearray()))
     except InvalidTag as error:
         raise CacheCorruptionError("the header failed its check") from error
     magic, version, algorithm, chunk_bytes, size, created, expires = _FRAME.unpack_from(header)

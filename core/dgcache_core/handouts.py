@@ -97,7 +97,6 @@ class Handouts:
             kept = _open_again(sealed_fd)
         except CacheFullError:
             return  # handed out all the same, only not shared
-        fcntl.fcntl(kept, fcntl.F_SETSIG, signal.SIGURG)
         self._shared[sha256] = _Shared(kept, size)
         self.held_bytes += page_rounded(size)
 
@@ -110,7 +109,11 @@ def _open_again(fd: int) -> int:
 
 
 def _is_open_elsewhere(fd: int) -> bool:
-    """Ask the kernel whether any other description or mapping of the file exists."""
+    """Ask the kernel whether any other description or mapping of the file exists.
+
+    Giving a lease back also resets the signal, so it is chosen anew each time.
+    """
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
@@ -130,7 +133,6 @@ def _lease_probe_works() -> bool:
     finally:
         os.close(memory_file)
     try:
-        fcntl.fcntl(probe, fcntl.F_SETSIG, signal.SIGURG)
         holder = open_again(probe)
         try:
             seen_held = _is_open_elsewhere(probe)

@@ -49,10 +49,8 @@ class KeySlot:
     def erase(self) -> None:
         """Zero the key and give the slot back. A second call does nothing."""
         if self._index >= 0:
-            self.view[:] = bytes(KEY_BYTES)
-            self.view.release()
-            self._slab._give_back(self._index)
-            self._index = -1
+            index, self._index = self._index, -1
+            self._slab._take_back(index, self.view)
 
     def __repr__(self) -> str:
         return f"<KeySlot {'erased' if self._index < 0 else 'in use'}>"
@@ -79,27 +77,40 @@ class KeySlab:
         """Return a slot with a fresh random key.
 
         Raises:
-            CacheFullError: every slot is in use.
+            CacheFullError: every slot is in use, no descriptor is left, or the slab is closed.
         """
         with self._lock:
-            if not self._free:
+            if not self._free or not self._address:
                 raise CacheFullError("every key slot is in use")
             index = self._free.pop()
         slot = KeySlot(self, index, self._view[index * KEY_BYTES : (index + 1) * KEY_BYTES])
-        _fill_from_urandom(slot.view)
+        try:
+            _fill_from_urandom(slot.view)
+        except OSError as error:
+            slot.erase()
+            raise CacheFullError(f"no descriptor to make a key with: {error.strerror}") from error
         return slot
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Tell whether there is a slot for one more key."""
+        return bool(self._free)
 
     def close(self) -> None:
         """Zero every key and unmap the region; no slot may be used afterwards."""
-        if self._address:
-            ctypes.memset(self._address, 0, self._bytes)
-            self._view.release()
-            _libc().munmap(ctypes.c_void_p(self._address), ctypes.c_size_t(self._bytes))
-            self._address = 0
-
-    def _give_back(self, index: int) -> None:
         with self._lock:
-            self._free.append(index)
+            if self._address:
+                address, self._address = self._address, 0
+                ctypes.memset(address, 0, self._bytes)
+                self._view.release()
+                _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(self._bytes))
+
+    def _take_back(self, index: int, view: memoryview) -> None:
+        with self._lock:
+            if self._address:  # a closed slab has zeroed every key, and unmapped them
+                view[:] = bytes(KEY_BYTES)
+                self._free.append(index)
+            view.release()
 
     def __repr__(self) -> str:
         return f"<KeySlab {self.protection}, {len(self._free)} slots free>"

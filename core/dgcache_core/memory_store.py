@@ -400,14 +400,11 @@ class MemoryStore:
         self._reserved_bytes += room
 
     def _new_key(self) -> KeySlot:
-        try:
-            return self._keys.new_key()
-        except CacheFullError:
+        if not self._keys.has_free_slot:
             oldest = next((e for e in self._entries.values() if not e.readers), None)
-            if oldest is None:
-                raise
-            self._evict_one(oldest)
-            return self._keys.new_key()
+            if oldest is not None:
+                self._evict_one(oldest)
+        return self._keys.new_key()
 
     def _evict_one(self, entry: _Entry) -> None:
         self._drop(entry, MissReason.EVICTED)

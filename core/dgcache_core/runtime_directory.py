@@ -17,6 +17,8 @@ from dgcache_core.errors import CacheRefusedError, DaemonAbsentError
 
 SESSION_SOCKET = "session.sock"
 RPC_SOCKET = "rpc.sock"
+DAEMON_LOCK = "daemon.lock"
+"""Held by whoever serves in the directory, from its first socket to its very end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ class Deposit:
         os.set_blocking(self._read_end, False)
         self._expiry: asyncio.TimerHandle | None = None
         self._forget: Callable[[], object] | None = None
+        self._given_up = False
         self._filled = asyncio.get_running_loop().run_in_executor(workers, self._fill)
         self._filled.add_done_callback(self._await_commit)
 
@@ -90,10 +91,16 @@ class Deposit:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
+        self._given_up = True
         if self._filled.done():
             self._ingest.abort()
         else:
             os.eventfd_write(self._cancelled, 1)
+
+    async def end(self) -> None:
+        """Keep nothing, and return when its room is free again."""
+        self.cancel()
+        await asyncio.wait({self._filled})
 
     def _await_commit(self, filled: "asyncio.Future[None]") -> None:
         """The bytes have ended, well or not: the pipe goes, and a commit must come soon."""
@@ -103,6 +110,9 @@ class Deposit:
             os.close(self.write_end)
         if filled.cancelled() or filled.exception() is not None:
             self._ingest.abort()  # its room is somebody else's at once
+        if self._given_up:
+            self._ingest.abort()
+            return
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(self._limits.commit_seconds, self._expire)
 

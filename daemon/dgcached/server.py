@@ -191,7 +191,7 @@ class Daemon:
                 shares_handouts=status.shares_handouts,
             ),
             settings=self._effective_settings(),
-            log=self._log,
+            log=_as_text(self._log),
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:
@@ -202,7 +202,14 @@ class Daemon:
         }
         return [
             pb.EffectiveSetting(
-                name=one.variable, value=str(values[field]), origin=self._resolved.origins[field]
+                name=one.variable,
+                value=_as_text(values[field]),
+                origin=self._resolved.origins[field],
             )
             for field, one in declared(DaemonSettings).items()
         ]
+
+
+def _as_text(value: object) -> str:
+    """A path may hold any bytes; a string of protobuf must be Unicode."""
+    return str(value).encode(errors="replace").decode()

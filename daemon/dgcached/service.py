@@ -121,7 +121,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             session.send_descriptor(request.request_id, pb.Descriptor.PURPOSE_DEPOSIT, write_end)
         except CacheError:
             del session.deposits[request.request_id]
-            deposit.cancel()
+            await deposit.end()
             raise
         finally:
             os.close(write_end)
@@ -143,8 +143,9 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.AbortStoreRequest, context: aio.ServicerContext
     ) -> pb.AbortStoreResponse:
         """See the .proto."""
-        self._deposit(request.request_id).cancel()
+        deposit = self._deposit(request.request_id)
         del current_caller().require_session().deposits[request.request_id]
+        await deposit.end()
         return pb.AbortStoreResponse()
 
     async def Write(

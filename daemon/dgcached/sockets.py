@@ -15,9 +15,8 @@ from pathlib import Path
 
 from dgcache_core.directories import open_private_directory
 from dgcache_core.errors import CacheRefusedError
-from dgcache_core.runtime_directory import RPC_SOCKET, SESSION_SOCKET
+from dgcache_core.runtime_directory import DAEMON_LOCK, RPC_SOCKET, SESSION_SOCKET
 
-LOCK_FILE = "daemon.lock"
 INNER_DIRECTORY = "inner"
 """A directory of its own, 0700 like the one it is in: should somebody loosen that one's modes, the
 inner server, which cannot ask who connects, stays out of reach."""
@@ -123,7 +122,7 @@ def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners
 
 def _take_lock(directory: Path, directory_fd: int) -> int:
     lock_fd = os.open(
-        LOCK_FILE,
+        DAEMON_LOCK,
         os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
         _SOCKET_MODE,
         dir_fd=directory_fd,

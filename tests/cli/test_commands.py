@@ -359,7 +359,7 @@ def test_a_reader_that_goes_away_is_no_traceback(shell: Shell) -> None:
 
 
 def test_a_daemon_that_does_not_answer_is_not_called_absent(shell: Shell) -> None:
-    """Stopped by a signal, it still holds its sockets: exit status 69, and it says what is wrong."""
+    """Stopped by a signal, it still holds its sockets: exit status 69, and what is wrong."""
     pid = json.loads(shell.said("status", "--json"))["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:

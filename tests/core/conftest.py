@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from dgcache_core.memory_store import MemoryStore
 
 from .support import HandClock, open_descriptors

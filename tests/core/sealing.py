@@ -1,6 +1,7 @@
 """Sealed blobs without a store: sealed and opened chunk by chunk, by a chosen implementation."""
 
 import pytest
+
 from dgcache_core import aead
 from dgcache_core.aead import Frame
 from dgcache_core.references import Sha256

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hypothesis import settings
+
 from dgcache_core.handouts import Handout
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
-from hypothesis import settings
 
 DETERMINISTIC = settings(derandomize=True, deadline=None, database=None)
 """The same examples at every run, and no test fails for being slow."""
@@ -25,7 +26,7 @@ NIGHTLY = Deltaspace("bucket", "nightly")
 
 def content(size: int, seed: int = 0) -> bytes:
     """Return bytes that look random, the same for the same size and seed."""
-    return random.Random(f"{size}-{seed}").randbytes(size)  # noqa: S311 - not for secrets
+    return random.Random(f"{size}-{seed}").randbytes(size)
 
 
 def digest_of(data: bytes) -> Sha256:

@@ -4,10 +4,11 @@ import struct
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from dgcache_core import aead
-from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, TAG_BYTES, Frame
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dgcache_core import aead
+from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, TAG_BYTES, Frame
 
 from .sealing import BOTH, KEY, frame_of, opened, sealed, use
 from .support import DETERMINISTIC, content, digest_of

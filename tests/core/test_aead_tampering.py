@@ -4,6 +4,9 @@ import struct
 from collections.abc import Callable
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from dgcache_core import aead
 from dgcache_core.aead import (
     BODY_OFFSET,
@@ -16,8 +19,6 @@ from dgcache_core.aead import (
     seal_header,
 )
 from dgcache_core.errors import CacheCorruptionError
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from .sealing import BOTH, KEY, NO_KEY, OTHER_KEY, frame_of, opened, sealed, use
 from .support import DETERMINISTIC, content, digest_of, flip

@@ -1,9 +1,10 @@
 """Which deltaspaces a blob serves: many to many, bounded, the newest binding is the current one."""
 
-from dgcache_core.bindings import Bindings
-from dgcache_core.references import Deltaspace, Sha256
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from dgcache_core.bindings import Bindings
+from dgcache_core.references import Deltaspace, Sha256
 
 from .support import DETERMINISTIC, NIGHTLY, RELEASES, digest_of
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+
 from dgcache_core.handouts import Handout, Handouts
 from dgcache_core.sealed_files import create_memory_file, require_sealed, seal, write_at
 

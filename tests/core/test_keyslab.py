@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from dgcache_core.errors import CacheError, CacheFullError
 from dgcache_core.keyslab import KEY_BYTES, KeyProtection, KeySlab
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dgcache_core import memory
 from dgcache_core.errors import CacheFullError
 from dgcache_core.memory import anonymous_memory, page_rounded, unnamed_files
-from hypothesis import given
-from hypothesis import strategies as st
 
 from .support import DETERMINISTIC, open_descriptors, run_python
 

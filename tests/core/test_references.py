@@ -1,10 +1,11 @@
 """Names come from outside: a digest, a bucket, a prefix, each refused before anything sees it."""
 
 import pytest
-from dgcache_core.errors import InvalidReferenceError
-from dgcache_core.references import Deltaspace, parse_deltaspace, parse_sha256
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dgcache_core.errors import InvalidReferenceError
+from dgcache_core.references import Deltaspace, parse_deltaspace, parse_sha256
 
 from .support import DETERMINISTIC
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+
 from dgcache_core.scratch import ScratchPool
 
 SIZE = 1 << 16

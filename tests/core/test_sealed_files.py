@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from dgcache_core.errors import CacheCorruptionError
 from dgcache_core.sealed_files import (
     create_memory_file,
@@ -77,7 +78,7 @@ ATTACKS: dict[str, Callable[[int], object]] = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nobody_changes_a_sealed_file(sealed: int, attack: str) -> None:
     """Not even the process that wrote it, on the very descriptor it wrote with."""
-    with pytest.raises(OSError) as refusal:
+    with pytest.raises(OSError, match=r"\[Errno \d+\]") as refusal:
         ATTACKS[attack](sealed)
     assert refusal.value.errno in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
     assert os.pread(sealed, len(DATA) + 1, 0) == DATA

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from benchmarks.testbed import S3Server
-from tests.deltaglider.conftest import ENVIRONMENT, REFERENCE, User
 
 import dgcache
 from dgcache import Settings
+from tests.deltaglider.conftest import ENVIRONMENT, REFERENCE, User
 
 
 def test_the_reference_is_downloaded_once_or_never(s3: S3Server, user: User) -> None:
