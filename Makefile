@@ -11,7 +11,7 @@ BUILD := pip hatchling editables
 PIP   := -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto environments constraints python xdelta3 clean
+.PHONY: help demo bench test lint proto environments constraints python xdelta3 clean
 
 # Another Python, or a clone that was moved, makes the environments anew.
 IDENTITY := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (sys.version_info[0], sys.version_info[1], zlib.crc32((sys.executable + "$(CURDIR)").encode()) & 0xffffffff))' 2>/dev/null)
@@ -21,6 +21,7 @@ DELTAGLIDER := .venv-deltaglider/ready-$(IDENTITY)
 
 help:
 	@echo "make demo [SIZE=100]   DeltaGlider with and without dg-cached, on five archives of SIZE MB"
+	@echo "make bench [QUICK=1]   measure everything that docs/performance.md says, and write it"
 	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
 	@echo "make lint              ruff and mypy"
 	@echo "make proto             generate the stubs from proto/"
@@ -31,6 +32,9 @@ help:
 
 demo: environments xdelta3
 	@.venv/bin/python -m benchmarks.demo --size $(SIZE)
+
+bench: environments xdelta3
+	@.venv/bin/python -m benchmarks.bench $(if $(QUICK),--quick)
 
 test: environments xdelta3
 	@.venv/bin/python -m pytest -n auto $(ARGS)

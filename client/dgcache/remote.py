@@ -7,6 +7,7 @@ costs its budget and no more.
 import itertools
 import os
 import select
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -70,6 +71,8 @@ class DaemonBackend:
         """Take over the session."""
         self._session = session
         self._request_ids = itertools.count(1)
+        # more at once would only wait in the daemon, or be refused; every call has a deadline
+        self._calls = threading.BoundedSemaphore(max(1, session.hello.limits.calls_per_session))
         self._channel = grpc.insecure_channel(
             f"unix:/proc/self/fd/{session.directory_fd}/{RPC_SOCKET}", options=_CHANNEL_OPTIONS
         )
@@ -170,7 +173,8 @@ class DaemonBackend:
 
     def _call(self, method: Callable[..., M], request: Any, seconds: float) -> M:
         try:
-            return method(request, timeout=seconds, metadata=self._metadata)
+            with self._calls:
+                return method(request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             _raise_for(error)
         except ValueError as error:  # another thread found the daemon lost and closed the channel

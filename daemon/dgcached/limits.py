@@ -17,7 +17,10 @@ class Limits:
     relay_buffer_bytes: int = 256 << 10
     """Buffered in each direction of a relay before its source is paused."""
     calls_per_session: int = 16
-    """Calls in progress in one session, and streams on one connection; more wait."""
+    """Calls in progress in one session; more wait."""
+    streams_per_connection: int = 32
+    """HTTP/2 streams on one connection. Twice the calls: a client counts a stream as ended a moment
+    before the server does, and a stream over the limit would be refused."""
     message_bytes: int = 4 << 20
     """The largest gRPC message, in either direction."""
     unread_descriptor_bytes: int = 6 << 10

@@ -139,7 +139,7 @@ class Daemon:
         server = aio.server(
             interceptors=[AdmissionInterceptor(self._registry)],
             options=[
-                ("grpc.max_concurrent_streams", self._limits.calls_per_session),
+                ("grpc.max_concurrent_streams", self._limits.streams_per_connection),
                 ("grpc.max_receive_message_length", self._limits.message_bytes),
                 ("grpc.max_send_message_length", self._limits.message_bytes),
                 ("grpc.server_handshake_timeout_ms", handshake_ms),
