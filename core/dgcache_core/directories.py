@@ -31,8 +31,8 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
         CacheRefusedError: a check failed; the message names it and the command that mends it.
         FileNotFoundError: it is not there and `create` is False.
     """
-    if not path.is_absolute() or ".." in path.parts:
-        raise CacheRefusedError(f"{path} must be an absolute path without '..'")
+    if not path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
+        raise CacheRefusedError(f"{path} must be an absolute path below / without '..'")
     names = deque(path.parts[1:])
     node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
     try:

@@ -30,8 +30,8 @@ from tests.support.wire import (
 
 @pytest.fixture
 def own() -> Iterator[Daemon]:
-    """A daemon of this test alone, which it may end."""
-    with running(limits={"drain_seconds": 2}) as daemon:
+    """A daemon of this test alone, which it may end; a writer's own limit comes much later."""
+    with running(limits={"drain_seconds": 2, "deposit_idle_seconds": 90}) as daemon:
         yield daemon
 
 
@@ -58,11 +58,11 @@ def test_an_idle_session_does_not_keep_the_daemon(own: Daemon) -> None:
         assert read_to_end(client.session) == b""
 
 
-def test_a_get_in_progress_is_finished(own: Daemon) -> None:
+def test_a_get_in_progress_is_finished() -> None:
     """A large reference, asked for just before the signal, arrives whole; so does one that is
     being streamed."""
     data = os.urandom(24 * MIB)
-    with Client(own.directory) as client:
+    with running() as own, Client(own.directory) as client:
         digest = client.store(data)
         stream = client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=SECONDS)
         assert next(stream).size == len(data)

@@ -128,6 +128,7 @@ def test_a_write_that_is_cancelled_keeps_nothing(client: Client, size: int, sent
     messages = _Held(begin(size), *pieces(os.urandom(sent)))
     call = client.stub.Write.future(iter(messages), timeout=SECONDS)
     assert messages.sent.wait(SECONDS)
+    eventually(lambda: client.status().stores_in_progress == 1)
     for _ in range(20):  # calls that come after the bytes on the same connection
         assert client.status().stores_in_progress == 1
     assert client.status().store.reserved_bytes > size
