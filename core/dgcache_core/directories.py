@@ -33,6 +33,8 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
     """
     if not path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
         raise CacheRefusedError(f"{path} must be an absolute path below / without '..'")
+    if "\0" in str(path):
+        raise CacheRefusedError("a path cannot hold a NUL character")
     names = deque(path.parts[1:])
     node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
     try:
@@ -93,7 +95,8 @@ def _vet(node: int, path: Path, *, is_last: bool, name: str) -> str | None:
             raise CacheRefusedError(f"{path}: {name!r} is a link of uid {status.st_uid}")
         return os.readlink("", dir_fd=node)
     if not stat.S_ISDIR(status.st_mode):
-        raise CacheRefusedError(f"{path}: {name!r} is not a directory: {_remove(path)}")
+        mending = f": {_remove(path)}" if is_last else ""
+        raise CacheRefusedError(f"{path}: {name!r} is not a directory{mending}")
     mode = stat.S_IMODE(status.st_mode)
     if is_last:
         _vet_own(node, path, status.st_uid, mode)
@@ -116,8 +119,10 @@ def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:
             f"run sudo chown {own_uid} {shlex.quote(str(path))}"
         )
     if mode != PRIVATE_MODE:
+        # GNU chmod leaves a directory's set-id bits alone unless the mode has five digits
+        digits = "00700" if mode & 0o6000 else "0700"
         raise CacheRefusedError(
-            f"{path} has mode {mode:04o}, not 0700: run chmod 0700 {shlex.quote(str(path))}"
+            f"{path} has mode {mode:04o}, not 0700: run chmod {digits} {shlex.quote(str(path))}"
         )
     try:
         os.getxattr(f"/proc/self/fd/{node}", "system.posix_acl_default")

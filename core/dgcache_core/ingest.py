@@ -35,6 +35,7 @@ class Sealing:
         self._helpers = helpers
         self._scratch = scratch
         self._hash = hashlib.sha256()
+        self._started = False
         self._filled = False
 
     def fill(self, read: ReadInto) -> None:
@@ -43,6 +44,9 @@ class Sealing:
         Raises:
             InvalidReferenceError: there are fewer or more.
         """
+        if self._started:
+            raise InvalidReferenceError("a store is filled once")
+        self._started = True
         hashing: Future[None] | None = None
         with self._scratch.borrow() as one, self._scratch.borrow() as other:
             try:

@@ -7,7 +7,9 @@ encryption and decryption happen outside it, on entries that are pinned meanwhil
   for stores and lookups in progress. Space is reserved before it is filled;
 - the entry handed out longest ago leaves first; one that is being read never does;
 - a blob leaves crypto-erased: its key is zeroed before its mapping is unmapped;
-- a failed check hands out nothing, drops the entry and is counted.
+- a failed check hands out nothing, drops the entry and is counted;
+- a closed store answers with errors at once; what is in progress then ends by itself, and the last
+  of it takes the keys away.
 """
 
 import mmap
@@ -33,6 +35,7 @@ from dgcache_core.errors import (
     CacheCorruptionError,
     CacheFullError,
     CacheMissError,
+    CacheUnavailableError,
     InvalidReferenceError,
     MissReason,
 )
@@ -112,6 +115,8 @@ class MemoryStore:
         self._blob_bytes = 0
         self._reserved_bytes = 0
         self._counters = Counters()
+        self._in_progress = 0  # stores and decryptions, which need keys, helpers and buffers
+        self._closed = False
 
     # -- handing out ---------------------------------------------------------------------------
 
@@ -130,6 +135,7 @@ class MemoryStore:
                 self._unpin(entry)
                 raise
             self._opening.add(sha256)
+            self._in_progress += 1
         try:
             memory_file = self._decrypt(entry)
         except BaseException as error:
@@ -142,6 +148,9 @@ class MemoryStore:
             raise
         with self._lock:
             self._end_opening(entry, room)
+            if self._closed:
+                os.close(memory_file)
+                raise _closed_error()
             handout = self._handouts.add(sha256, memory_file, entry.frame.size)
             self._count_hit(entry, deltaspace)
             return handout
@@ -181,6 +190,7 @@ class MemoryStore:
         frame = Frame(size, now, now + int(self._ttl_seconds))
         room = page_rounded(frame.sealed_bytes)
         with self._lock:
+            self._require_open()
             try:
                 self._require_admissible(size)
                 key = self._new_key()
@@ -194,13 +204,15 @@ class MemoryStore:
                 if expected is not None and size > self.max_entry_bytes:
                     self._remember(expected, MissReason.TOO_LARGE)
                 raise
+            self._in_progress += 1
         try:
             blob = self._allocate(frame.sealed_bytes)
         except CacheFullError:
+            key.erase()
             with self._lock:
                 self._reserved_bytes -= room
                 self._counters.refused_stores += 1
-            key.erase()
+                self._end_progress()
             raise
         sealing = Sealing(frame, key.view, memoryview(blob), self._helpers, self._scratch)
         return MemoryIngest(self, sealing, blob, key, deltaspace, expected, stored_by)
@@ -219,7 +231,9 @@ class MemoryStore:
             last_used=now,
         )
         with self._lock:
+            self._require_open()
             self._reserved_bytes -= entry.bytes
+            self._end_progress()
             deltaspaces = self._bindings.deltaspaces(sha256)
             if sha256 in self._entries:
                 self._drop(self._entries[sha256], None)
@@ -242,6 +256,7 @@ class MemoryStore:
             ingest.blob.close()
         with self._lock:
             self._reserved_bytes -= page_rounded(ingest.frame.sealed_bytes)
+            self._end_progress()
 
     # -- removing ------------------------------------------------------------------------------
 
@@ -267,11 +282,14 @@ class MemoryStore:
 
     def close(self) -> None:
         """See `Store.close`."""
-        self._helpers.shutdown(wait=True)
-        self.clear()
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._drop_all(list(self._entries.values()))
             self._handouts.close()
-            self._keys.close()
+            self._in_progress += 1
+            self._end_progress()
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -335,6 +353,7 @@ class MemoryStore:
     # -- the lock is held in everything below, except in _decrypt --------------------------------
 
     def _require(self, deltaspace: Deltaspace, sha256: Sha256) -> _Entry:
+        self._require_open()
         self._expire()
         entry = self._entries.get(sha256)
         if entry is None:
@@ -443,11 +462,24 @@ class MemoryStore:
         if not entry.readers:
             self._free(entry)
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
+
+    def _end_progress(self) -> None:
+        """The last in progress on a closed store takes away what all of them needed."""
+        self._in_progress -= 1
+        if self._closed and not self._in_progress:
+            self._helpers.shutdown(wait=False)
+            self._scratch.close()
+            self._keys.close()
+
     def _end_opening(self, entry: _Entry, room: int) -> None:
         self._reserved_bytes -= room
         self._opening.discard(entry.sha256)
         self._opened.notify_all()
         self._unpin(entry)
+        self._end_progress()
 
     def _unpin(self, entry: _Entry) -> None:
         entry.readers -= 1
@@ -504,6 +536,10 @@ class MemoryStore:
             helper.result()
 
 
+def _closed_error() -> CacheUnavailableError:
+    return CacheUnavailableError("this store is closed")
+
+
 class MemoryIngest:
     """A store in progress in a `MemoryStore`. Implements `Ingest`; used by one thread at a time."""
 
@@ -541,9 +577,13 @@ class MemoryIngest:
             self.abort()
             self._store._count_refusal()
             raise
-        self._ended = True
         self._sealing.release()
-        self._store._adopt(self, sha256)
+        try:
+            self._store._adopt(self, sha256)
+        except CacheUnavailableError:
+            self.abort()
+            raise
+        self._ended = True
         return sha256
 
     def abort(self) -> None:

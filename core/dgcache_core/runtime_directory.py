@@ -91,7 +91,10 @@ def make_first_usable(places: list[Candidate]) -> tuple[Path, int, list[CacheRef
     """
     refusals: list[CacheRefusedError] = []
     for place in places:
-        if not place.needs.is_dir():
+        try:
+            if not place.needs.is_dir():
+                continue
+        except OSError:  # it cannot even be looked at
             continue
         try:
             return place.path, open_private_directory(place.path, create=True), refusals

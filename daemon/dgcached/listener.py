@@ -34,7 +34,7 @@ class Listener:
     async def start(self) -> None:
         """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
         loop = asyncio.get_running_loop()
-        # not create_unix_server: from Python 3.13 on it removes the socket's file when it is closed,
+        # not create_unix_server: from Python 3.13 on that removes the socket's file at its close,
         # also one that systemd made
         self._server = await loop.create_server(
             lambda: _Outer(self), sock=self._listening, backlog=self._limits.backlog

@@ -59,3 +59,19 @@ def any_umask() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def as_somebody_else() -> Callable[[Callable[[], str]], str]:
+    """Do something with another effective user, and come back."""
+
+    def do(what: Callable[[], str]) -> str:
+        os.setegid(12345)
+        os.seteuid(12345)
+        try:
+            return what()
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+
+    return do
