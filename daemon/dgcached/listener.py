@@ -89,6 +89,7 @@ class _End(asyncio.Protocol):
 
     transport: asyncio.Transport
     other: "_End | None" = None
+    early: bytes = b""
 
     def _hold(self, transport: asyncio.BaseTransport, buffer_bytes: int) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -98,6 +99,12 @@ class _End(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.other is not None:
             self.other.transport.write(data)
+            return
+        # CPython 3.11.2 (Debian 12) starts reading after connection_made, paused or not, and takes
+        # a second pause for done: what came is kept, and no more comes.
+        self.early += data
+        self.transport.resume_reading()
+        self.transport.pause_reading()
 
     def pause_writing(self) -> None:
         if self.other is not None:
@@ -135,6 +142,8 @@ class _Outer(_End):
             self.end()
             return
         self.other, inner.other = inner, self
+        inner.transport.write(self.early)
+        self.transport.write(inner.early)
         inner.transport.resume_reading()
         self.transport.resume_reading()
         loop.call_later(self._listener._limits.handshake_seconds, self._end_if_silent)

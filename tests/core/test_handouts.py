@@ -1,6 +1,7 @@
 """A handout is shared while anybody holds it and closed when nobody does: the kernel is asked."""
 
 import ctypes
+import fcntl
 import mmap
 import os
 import signal
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from dgcache_core.handouts import Handout, Handouts
+from dgcache_core.handouts import Handout, Handouts, _is_open_elsewhere
 from dgcache_core.sealed_files import create_memory_file, require_sealed, seal, write_at
 
 from .support import content, digest_of, read_all, run_python
@@ -234,6 +235,16 @@ def test_the_writable_descriptor_is_closed(handouts: Handouts) -> None:
     assert os.close(handout.fd) is None
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_the_probe_leaves_no_lease(handouts: Handouts, first: Handout) -> None:
+    """Whoever opens the file afterwards would wait for as long as a lease stands."""
+    [kept] = [shared.fd for shared in handouts._shared.values()]
+    assert _is_open_elsewhere(kept)
+    assert fcntl.fcntl(kept, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+    os.close(first.fd)
+    assert not _is_open_elsewhere(kept)
+    assert fcntl.fcntl(kept, fcntl.F_GETLEASE) == fcntl.F_UNLCK
 
 
 def test_closing_the_table_leaves_holders_what_they_hold(
