@@ -42,7 +42,7 @@ def set_up(log_file: Path | None, *, verbose: bool) -> str:
         where = str(log_file)
     else:
         handler = logging.StreamHandler(sys.stderr)
-        where = "journal" if _stderr_is_journal() else "stderr"
+        where = "journal" if stderr_is_journal() else "stderr"
     handler.setFormatter(
         _JournalFormatter()
         if where == "journal"
@@ -65,7 +65,7 @@ def _quoted(value: Any) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def _stderr_is_journal() -> bool:
+def stderr_is_journal() -> bool:
     """JOURNAL_STREAM names the device and inode of the pipe (systemd.exec(5))."""
     try:
         status = os.fstat(sys.stderr.fileno())

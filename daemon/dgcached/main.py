@@ -101,7 +101,8 @@ async def _serve(
 
 def _fail(notifier: Notifier, status: int, message: str) -> int:
     notifier.notify(STATUS=message, ERRNO="1")
-    print(f"dg-cached: {message}", file=sys.stderr)
+    priority = "<3>" if logs.stderr_is_journal() else ""
+    print(f"{priority}dg-cached: {message}", file=sys.stderr)
     return status
 
 

@@ -79,8 +79,11 @@ def make_listeners(directory: Path, directory_fd: int, backlog: int) -> Listener
     """Take the directory over and listen in it. Takes ownership of `directory_fd`.
 
     Raises:
-        AlreadyServing: somebody else holds the lock.
+        AlreadyServing: somebody else holds the lock, or listens there (a systemd socket unit).
     """
+    if _somebody_listens(directory_fd):
+        os.close(directory_fd)
+        raise AlreadyServing(f"a dg-cached or its systemd socket already serves in {directory}")
     lock_fd = _take_lock(directory, directory_fd)
     rpc = _bind(directory_fd, RPC_SOCKET, socket.SOCK_STREAM, backlog)
     session = _bind(directory_fd, SESSION_SOCKET, socket.SOCK_SEQPACKET, backlog)
@@ -118,6 +121,19 @@ def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners
         by_type[socket.SOCK_STREAM],
         made_here=False,
     )
+
+
+def _somebody_listens(directory_fd: int) -> bool:
+    """A socket file that accepts is in use: a unit's socket has no daemon, and no lock, as yet."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(f"/proc/self/fd/{directory_fd}/{SESSION_SOCKET}")
+        except BlockingIOError:
+            return True  # somebody listens, and is busy
+        except OSError:
+            return False
+    return True
 
 
 def _take_lock(directory: Path, directory_fd: int) -> int:

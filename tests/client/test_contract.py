@@ -14,7 +14,9 @@ import pytest
 
 import dgcache
 from dgcache.cache import ReferenceCache
+from dgcache.sources import opened
 from dgcache_core.aead import CHUNK_BYTES
+from dgcache_core.references import Deltaspace
 
 LENGTHS = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 7]
 
@@ -196,6 +198,31 @@ def test_a_source_that_cannot_be_read_is_named(cache: ReferenceCache, tmp_path: 
             with pytest.raises(dgcache.InvalidReferenceError, match=says):
                 cache.put("bucket", "prefix", source)  # type: ignore[arg-type]
     assert cache.entries() == []
+
+
+@pytest.mark.parametrize("change", ["shrinks", "grows", "is rewritten"])
+def test_a_file_that_changes_while_it_is_put_stores_nothing(
+    cache: ReferenceCache, tmp_path: Path, change: str
+) -> None:
+    """Shorter, longer, or with other bytes: an error that says so."""
+    path = tmp_path / "reference"
+    path.write_bytes(some_bytes(3 * CHUNK_BYTES))
+
+    backend = cache._daemon() or cache._local_backend()
+    with opened(path, 1 << 30) as source:
+        with path.open("r+b") as file:
+            if change == "shrinks":
+                file.truncate(CHUNK_BYTES)
+            elif change == "grows":
+                file.seek(0, os.SEEK_END)
+                file.write(b"more")
+            else:
+                file.write(b"other")
+        os.utime(path, ns=(1, 1))  # whatever the granularity of the file system's clock
+        with pytest.raises(dgcache.InvalidReferenceError, match=r"changed|ended after"):
+            backend.put(Deltaspace("bucket", "prefix"), source, None)
+    assert cache.entries() == []
+    assert cache.status()["store"]["reserved_bytes"] == 0
 
 
 def test_a_miss_says_why(cache: ReferenceCache) -> None:

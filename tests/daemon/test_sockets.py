@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -236,3 +237,18 @@ def test_nonsense_from_a_supervisor_is_no_traceback(short_directory: Path) -> No
     )
     assert done.returncode not in {0, 1}, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_socket_that_somebody_listens_on_is_left_to_him(short_directory: Path) -> None:
+    """A systemd socket unit listens without a daemon and without the lock: status 75, and its
+    socket is still the same file."""
+    place = short_directory / "s"
+    place.mkdir(0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as unit:
+        unit.bind(str(place / "session.sock"))
+        unit.listen(8)
+        before = (place / "session.sock").stat().st_ino
+        done = run("dgcached", "--socket-dir", place)
+        assert done.returncode == 75, done.stderr
+        assert "already serves" in done.stderr
+        assert (place / "session.sock").stat().st_ino == before

@@ -110,8 +110,23 @@ def _install(_: argparse.Namespace) -> int:
             print(f"wrote {directory / unit}")
     except OSError as error:
         raise InvalidReferenceError(f"cannot write to {directory}: {error.strerror}") from error
+    if _runs_on_its_own():
+        print(
+            "first: dg-cache stop, since the units cannot serve beside the dg-cached that runs now"
+        )
     print("next: systemctl --user daemon-reload && systemctl --user enable --now dg-cached.socket")
     return exits.OK
+
+
+def _runs_on_its_own() -> bool:
+    try:
+        daemon = connect(patient(Settings.from_environment()))
+    except CacheError:
+        return False
+    try:
+        return bool(daemon.status()["supervisor"] != "systemd")
+    finally:
+        daemon.close()
 
 
 def _daemon_program() -> Path:
