@@ -49,8 +49,8 @@ def running_daemon(size_mb: float = 64, python: str = sys.executable) -> Iterato
         try:
             yield settings
         finally:
-            launcher.stop(socket_dir, environment)
             if process is not None:
+                process.terminate()
                 process.wait(timeout=30)
 
 
