@@ -35,7 +35,7 @@ def console_lines() -> list[tuple[str, str]]:
 
 
 def test_the_help_in_the_readme_is_the_program_s() -> None:
-    """Word for word, at 80 columns."""
+    """Word for word; Python 3.13 sets the columns otherwise than 3.11."""
     done = subprocess.run(
         [sys.executable, "-m", "dgcache_cli", "--help"],
         env={**os.environ, "COLUMNS": "80"},
@@ -43,7 +43,7 @@ def test_the_help_in_the_readme_is_the_program_s() -> None:
         text=True,
         check=True,
     )
-    assert done.stdout in blocks(README, "text")
+    assert done.stdout.split() in [block.split() for block in blocks(README, "text")]
 
 
 def test_every_dg_cache_command_in_the_documents_parses() -> None:

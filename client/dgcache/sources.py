@@ -193,11 +193,12 @@ class WatchedSource:
 
 @contextmanager
 def _opened_path(path: Path) -> Iterator[Source]:
+    if "\0" in str(path):
+        raise InvalidReferenceError(f"{str(path)!r} holds a NUL character")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block here
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidReferenceError(f"{path}: {why}") from error
+    except OSError as error:
+        raise InvalidReferenceError(f"{path}: {error.strerror}") from error
     try:
         _require_regular(fd, str(path))
         yield FileSource(fd, 0, str(path))

@@ -192,7 +192,7 @@ def test_a_source_that_cannot_be_read_is_named(cache: ReferenceCache, tmp_path: 
             (text_file, "text mode"),
             (1_000_000, "not open"),
             (3.5, "cannot store a float"),
-            ("nul\0path", "null byte"),
+            ("nul\0path", "NUL character"),
         ]
         for source, says in sources:
             with pytest.raises(dgcache.InvalidReferenceError, match=says):
