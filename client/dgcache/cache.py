@@ -6,7 +6,6 @@ in mid-call, full) makes the same operation run on the in-process cache. A daemo
 looked for again, after a pause that doubles up to a minute.
 """
 
-import hashlib
 import os
 import sys
 import threading
@@ -18,18 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dgcache.backends import Backend
+from dgcache.copies import (
+    DAEMON_LOST,
+    MAX_SPOOL_BYTES,
+    Mirror,
+    only_hash,
+    pieces_of,
+    private_copy,
+)
 from dgcache.reference import Reference, sha256_of_descriptor
 from dgcache.report import logger, report_fallback, report_fetch, report_hit
 from dgcache.session import Session
 from dgcache.settings import Settings
-from dgcache.sources import PIECE_BYTES, Source, StoreSource, opened, pieces
+from dgcache.sources import Source, StoreSource, opened
 from dgcache_core.errors import (
     CacheCorruptionError,
     CacheError,
     CacheFullError,
     CacheMissError,
-    CacheRefusedError,
-    CacheUnavailableError,
     InvalidReferenceError,
 )
 from dgcache_core.handouts import Handout
@@ -39,16 +44,12 @@ from dgcache_core.store import EntryInfo, Freed
 
 if TYPE_CHECKING:
     from dgcache.local import LocalBackend
-    from dgcache.remote import DaemonBackend, RemoteDeposit
+    from dgcache.remote import DaemonBackend
 
 T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
-_MAX_SPOOL_BYTES = 16 << 30
-
-_ABOUT_THE_DAEMON = (CacheUnavailableError, CacheRefusedError, CacheFullError)
-_DAEMON_LOST = (CacheUnavailableError, CacheRefusedError)
 
 
 class ReferenceCache:
@@ -118,7 +119,7 @@ class ReferenceCache:
         """
         deltaspace = Deltaspace(bucket, prefix)
         expected = parse_sha256(sha256) if sha256 is not None else None
-        with opened(source, _MAX_SPOOL_BYTES) as opened_source:
+        with opened(source, MAX_SPOOL_BYTES) as opened_source:
             return self._store(deltaspace, opened_source, expected)[0]
 
     def has(self, bucket: str, prefix: str, sha256: str) -> bool:
@@ -242,7 +243,7 @@ class ReferenceCache:
         started = time.monotonic() if started is None else started
         with self._tee(deltaspace, sha256, size) as (memory_file, mirror):
             length = 0
-            for piece in _pieces_of(fetched):
+            for piece in pieces_of(fetched):
                 write_at(memory_file, piece, length)
                 mirror.write(piece)
                 length += len(piece)
@@ -272,13 +273,13 @@ class ReferenceCache:
         Raises:
             InvalidReferenceError: the file cannot be read.
         """
-        with opened(path, _MAX_SPOOL_BYTES) as source:
+        with opened(path, MAX_SPOOL_BYTES) as source:
             try:
                 digest, _ = self._store(deltaspace, source, None)
                 return self._look_up(deltaspace, digest)
             except (CacheMissError, CacheFullError, CacheCorruptionError) as error:
                 logger.debug("%s is not cached: %s", path, error)
-            return _private_copy(source)
+            return private_copy(source)
 
     # -- choosing a backend --------------------------------------------------------------------
 
@@ -334,11 +335,14 @@ class ReferenceCache:
     def _try_daemon(self, operation: "Callable[[DaemonBackend], T]") -> T | None:
         """Run an operation on the daemon; None where it cannot be done there."""
         daemon = self._daemon()
-        if daemon is None:
-            return None
+        return None if daemon is None else self._on_daemon(daemon, operation)
+
+    def _on_daemon(
+        self, daemon: "DaemonBackend", operation: "Callable[[DaemonBackend], T]"
+    ) -> T | None:
         try:
             return operation(daemon)
-        except _DAEMON_LOST as error:
+        except DAEMON_LOST as error:
             self._lose_daemon(daemon, error)
         except CacheFullError as error:
             logger.debug("the daemon has no room: %s", error)
@@ -385,7 +389,7 @@ class ReferenceCache:
     ) -> tuple[Sha256, str]:
         """Return the digest and the name of the backend that keeps it."""
         if self._settings.no_cache:
-            return _only_hash(source, expected), "nothing"
+            return only_hash(source, expected), "nothing"
         stored = self._try_daemon(lambda daemon: daemon.put(deltaspace, source, expected))
         if stored is not None:
             return stored, "dg-cached"
@@ -395,7 +399,7 @@ class ReferenceCache:
     def _store_reference(
         self, deltaspace: Deltaspace, reference: Reference
     ) -> tuple[Sha256, str | None]:
-        with opened(reference.fd, _MAX_SPOOL_BYTES) as source:
+        with opened(reference.fd, MAX_SPOOL_BYTES) as source:
             digest, where = self._store(deltaspace, source, Sha256(reference.sha256))
         return digest, None if where == "nothing" else where
 
@@ -410,82 +414,18 @@ class ReferenceCache:
     @contextmanager
     def _tee(
         self, deltaspace: Deltaspace, sha256: Sha256, size: int | None
-    ) -> Iterator[tuple[int, "_Mirror"]]:
+    ) -> Iterator[tuple[int, Mirror]]:
         memory_file = create_memory_file()
-        mirror = _Mirror(self, None, None)
-        if size is not None and not self._settings.no_cache:
-            daemon = self._daemon()
-            begun = self._try_daemon(lambda daemon: daemon.begin(deltaspace, size, sha256))
-            mirror = _Mirror(self, daemon, begun)
+        daemon = self._daemon() if size is not None and not self._settings.no_cache else None
+        deposit = None
+        if daemon is not None and size is not None:
+            deposit = self._on_daemon(daemon, lambda daemon: daemon.begin(deltaspace, size, sha256))
+        mirror = Mirror(deposit, lambda error: self._lose_daemon(daemon, error))
         try:
             yield memory_file, mirror
         finally:
             mirror.abandon()
             os.close(memory_file)
-
-
-class _Mirror:
-    """The copy of a fetch that goes to the daemon meanwhile; any failure only ends the copying."""
-
-    def __init__(
-        self,
-        cache: ReferenceCache,
-        daemon: "DaemonBackend | None",
-        deposit: "RemoteDeposit | None",
-    ) -> None:
-        self._cache = cache
-        self._daemon = daemon
-        self._deposit = deposit
-
-    def write(self, piece: memoryview) -> None:
-        self._guarded(lambda deposit: deposit.write(piece))
-
-    def commit(self) -> str | None:
-        """Return "dg-cached" if the daemon keeps the whole reference, else None."""
-        committed = self._guarded(lambda deposit: deposit.commit())
-        self._deposit = None
-        return "dg-cached" if committed is not None else None
-
-    def abandon(self) -> None:
-        if self._deposit is not None:
-            deposit, self._deposit = self._deposit, None
-            deposit.abort()
-
-    def _guarded(self, operation: "Callable[[RemoteDeposit], T]") -> T | None:
-        deposit = self._deposit
-        if deposit is None:
-            return None
-        try:
-            return operation(deposit)
-        except _DAEMON_LOST as error:
-            self._deposit = None
-            self._cache._lose_daemon(self._daemon, error)
-        except CacheError as error:  # size or digest differ: judged again over our own copy
-            self._deposit = None
-            logger.debug("the daemon did not keep the reference: %s", error)
-        return None
-
-
-def _private_copy(source: Source) -> Reference:
-    """Return the source as a sealed memory file of this process alone."""
-    source.rewind()
-    memory_file = create_memory_file()
-    try:
-        length = 0
-        for piece in _read_pieces(source):
-            write_at(memory_file, piece, length)
-            length += len(piece)
-        seal(memory_file)
-        digest = sha256_of_descriptor(memory_file, length)
-        return Reference(Handout(open_again(memory_file), length, digest), source="copied")
-    finally:
-        os.close(memory_file)
-
-
-def _read_pieces(source: Source) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    while count := source.read_into(buffer):
-        yield buffer[:count]
 
 
 def connect(settings: Settings) -> "DaemonBackend":
@@ -511,26 +451,6 @@ def _sweeper(local: "LocalBackend") -> Callable[[], None]:
             backend.sweep()
 
     return sweep
-
-
-def _pieces_of(fetched: StoreSource) -> Iterator[memoryview]:
-    if hasattr(fetched, "read"):
-        yield from pieces(fetched)
-        return
-    with opened(fetched, _MAX_SPOOL_BYTES) as source:
-        yield from _read_pieces(source)
-
-
-def _only_hash(source: Source, expected: Sha256 | None) -> Sha256:
-    digest = hashlib.sha256()
-    for piece in _read_pieces(source):
-        digest.update(piece)
-    found = Sha256(digest.hexdigest())
-    if expected is not None and found != expected:
-        raise InvalidReferenceError(
-            f"SHA-256 mismatch: {expected} was declared, the bytes have {found}"
-        )
-    return found
 
 
 _open_caches: "weakref.WeakSet[ReferenceCache]" = weakref.WeakSet()
