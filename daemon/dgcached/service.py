@@ -14,7 +14,12 @@ from typing import TypeVar
 from grpc import aio
 
 from dgcache_core.aead import CHUNK_BYTES
-from dgcache_core.errors import CacheError, CacheFullError, InvalidReferenceError
+from dgcache_core.errors import (
+    CacheError,
+    CacheFullError,
+    CacheUnavailableError,
+    InvalidReferenceError,
+)
 from dgcache_core.handouts import Handout
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256, parse_sha256
@@ -163,6 +168,9 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             await asyncio.wait({pouring, deposit.filled}, return_when=asyncio.FIRST_COMPLETED)
             if pouring.done():
                 pouring.result()
+                await asyncio.wait({deposit.filled})
+            if context.cancelled():  # its messages end as if the client had said so
+                raise CacheUnavailableError("the client went away")
             sha256 = await deposit.commit()
         finally:
             pouring.cancel()
