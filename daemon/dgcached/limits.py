@@ -38,5 +38,7 @@ class Limits:
     """Lookups that decrypt at the same time."""
     drain_seconds: float = 10.0
     """What calls in progress get to finish after SIGTERM."""
+    flush_seconds: float = 1.0
+    """What their answers get, after that, to reach clients that read."""
     backlog: int = 1024
     """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

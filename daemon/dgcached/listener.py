@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 import socket
+from contextlib import suppress
 from typing import cast
 
 from dgcache_core.errors import CacheRefusedError
@@ -30,6 +31,7 @@ class Listener:
         self._limits = limits
         self._server: asyncio.Server | None = None
         self._open: set[_Outer] = set()
+        self._all_closed = asyncio.Event()
 
     async def start(self) -> None:
         """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
@@ -45,10 +47,25 @@ class Listener:
         if self._server is not None:
             self._server.close()
 
-    def close(self) -> None:
-        """End every relay; `stop_accepting` comes first."""
+    async def close(self) -> None:
+        """Let the relays carry to the clients what the inner server has sent, then end them.
+
+        The inner server has closed its ends by now, so a relay ends by itself behind the last byte.
+        `stop_accepting` comes first.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.flush_seconds):
+                while self._open:
+                    self._all_closed.clear()
+                    await self._all_closed.wait()
         for outer in list(self._open):
             outer.end()
+            outer.transport.abort()
+
+    def _forget(self, outer: "_Outer") -> None:
+        self._open.discard(outer)
+        if not self._open:
+            self._all_closed.set()
 
     def _admit(self, outer: "_Outer", connection: socket.socket) -> "_Inner | None":
         """Check the peer and open the inner end, or refuse."""
@@ -158,6 +175,7 @@ class _Outer(_End):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end()
+        self._listener._forget(self)
 
     def end(self) -> None:
         """Take the name out of the registry, then close both ends."""
@@ -165,7 +183,6 @@ class _Outer(_End):
         if inner is None:
             return
         self._listener._registry.remove_connection(inner.name)
-        self._listener._open.discard(self)
         if self._joining is not None and not self._joining.done() and inner.other is None:
             self._joining.cancel()
         if inner.other is not None:

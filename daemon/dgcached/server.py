@@ -125,7 +125,7 @@ class Daemon:
         await health.enter_graceful_shutdown()
         await server.stop(self._limits.drain_seconds)
         sessions.close()
-        listener.close()
+        await listener.close()
         await self._sweeper.stop()
         await loop.run_in_executor(None, self._service.close)
         self._store.close()
