@@ -28,7 +28,7 @@ from benchmarks.daemon import running_daemon
 from benchmarks.demo import BUCKET, Bench, Show, Way
 from benchmarks.processes import Interrupted, Interruption, ProcessFailedError, last_words, run
 from benchmarks.testbed import ROOT, S3Server, TestbedError, clean_environment
-from benchmarks.workshop import socket_directory, workshop
+from benchmarks.workshop import add_place_options, socket_directory, workshop
 from benchmarks.xdelta3 import NoXdelta3Error, ensure_xdelta3
 
 EXIT_FAILED = 1
@@ -255,20 +255,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}"
     )
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        default=ROOT / ".venv-deltaglider",
-        metavar="DIR",
-        help="the environment that has DeltaGlider and dg-cached (default: .venv-deltaglider)",
-    )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=ROOT / ".demo",
-        metavar="DIR",
-        help="where everything is made and removed (default: .demo in the clone)",
-    )
+    add_place_options(parser)
     parser.add_argument(
         "--output",
         type=Path,

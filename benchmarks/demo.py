@@ -30,15 +30,14 @@ from benchmarks.daemon import running_daemon
 from benchmarks.demo_report import Pair, Phase, Result, failures, table
 from benchmarks.leftovers import deltaglider_directories, remove_orphans
 from benchmarks.processes import Interrupted, Interruption, Measured, ProcessFailedError, run
-from benchmarks.testbed import REFERENCE_SUFFIX, ROOT, S3Server, TestbedError
-from benchmarks.workshop import socket_directory, workshop
+from benchmarks.testbed import REFERENCE_SUFFIX, S3Server, TestbedError
+from benchmarks.workshop import add_place_options, socket_directory, workshop
 from benchmarks.xdelta3 import NoXdelta3Error, ensure_xdelta3
 
 VERSIONS = 5
 RUNS = 5
 BUCKET = "releases"
 EXIT_FAILED = 1
-_ENVIRONMENT = ROOT / ".venv-deltaglider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,20 +303,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
         description="DeltaGlider with and without dg-cached, on five versions of an archive.",
     )
     parser.add_argument("--size", type=_size, default=100, metavar="MB", help="of one version")
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        default=_ENVIRONMENT,
-        metavar="DIR",
-        help="the environment that has DeltaGlider and dg-cached (default: .venv-deltaglider)",
-    )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=ROOT / ".demo",
-        metavar="DIR",
-        help="where everything is made and removed (default: .demo in the clone)",
-    )
+    add_place_options(parser)
     return parser.parse_args(argv)
 
 

@@ -4,6 +4,7 @@ Each run holds a lock (flock(2)) on its directory, taken before the directory ha
 has a name and no lock is from a run that was killed, and goes. The last run removes `.demo/`.
 """
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -12,11 +13,30 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.testbed import ROOT
 from dgcache_core.directories import open_private_directory
 from dgcache_core.errors import CacheRefusedError
 
 _UNNAMED = "new-"
 _TRIES = 100
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where things are."""
+    parser.add_argument(
+        "--environment",
+        type=Path,
+        default=ROOT / ".venv-deltaglider",
+        metavar="DIR",
+        help="the environment that has DeltaGlider and dg-cached (default: .venv-deltaglider)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / ".demo",
+        metavar="DIR",
+        help="where everything is made and removed (default: .demo in the clone)",
+    )
 
 
 @contextlib.contextmanager

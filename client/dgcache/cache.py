@@ -415,17 +415,16 @@ class ReferenceCache:
     def _tee(
         self, deltaspace: Deltaspace, sha256: Sha256, size: int | None
     ) -> Iterator[tuple[int, Mirror]]:
-        memory_file = create_memory_file()
         daemon = self._daemon() if size is not None and not self._settings.no_cache else None
         deposit = None
         if daemon is not None and size is not None:
             deposit = self._on_daemon(daemon, lambda daemon: daemon.begin(deltaspace, size, sha256))
-        mirror = Mirror(deposit, lambda error: self._lose_daemon(daemon, error))
-        try:
+        with ExitStack() as stack:
+            mirror = Mirror(deposit, lambda error: self._lose_daemon(daemon, error))
+            stack.callback(mirror.abandon)
+            memory_file = create_memory_file()
+            stack.callback(os.close, memory_file)
             yield memory_file, mirror
-        finally:
-            mirror.abandon()
-            os.close(memory_file)
 
 
 def connect(settings: Settings) -> "DaemonBackend":

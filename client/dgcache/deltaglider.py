@@ -123,11 +123,14 @@ class ReferenceCachePort:
         """Store a reference and take it into the hand; without a cache, as a copy in memory."""
         hand = self._hand()
         hand.open()
-        reference = self._cache.keep(Deltaspace(bucket, prefix), Path(src))
-        self._take(hand, (bucket, prefix, reference.sha256), reference)
-        self._remember(bucket, prefix)
-        path = hand.path_of(bucket, prefix)
-        return path or _NO_REFERENCE / bucket / prefix / "reference.bin"
+        try:
+            reference = self._cache.keep(Deltaspace(bucket, prefix), Path(src))
+        except (CacheError, OSError) as error:
+            logger.debug("%s/%s is not kept: %s", bucket, prefix, error)
+        else:
+            self._take(hand, (bucket, prefix, reference.sha256), reference)
+            self._remember(bucket, prefix)
+        return self.ref_path(bucket, prefix)
 
     def stream_ref(self, bucket: str, prefix: str, sha: str, stream: BinaryIO) -> None:
         """Store a reference from a stream and take it into the hand; no file is written.

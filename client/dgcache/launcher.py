@@ -75,11 +75,14 @@ def start(
             return None
         os.close(open_private_directory(log_file.parent, create=True))
         program = [python, "-m", "dgcached", *options, "--log-file", str(log_file)]
-        while True:
+        for _ in range(2):
             started = _spawn(program, environ, log_file, deadline)
             if started is not None or is_serving(socket_dir, environ):
                 return started
             _wait_for_the_one_that_ends(socket_dir, environ, deadline)
+    raise CacheUnavailableError(
+        "somebody listens on the sockets and does not serve: see systemctl --user status dg-cached"
+    )
 
 
 def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
@@ -160,7 +163,7 @@ def _wait_for_the_one_that_ends(
     """A daemon that drains holds its lock, and serves nobody any more."""
     _, directory_fd, _ = make_first_usable(candidates(socket_dir, environ))
     try:
-        lock = os.open(DAEMON_LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
+        lock = os.open(DAEMON_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
     except FileNotFoundError:
         return
     finally:

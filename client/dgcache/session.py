@@ -61,14 +61,16 @@ class Session:
         """
         deadline = time.monotonic() + budget_seconds
         directory, directory_fd = open_where_served(candidates(socket_dir, environ))
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection: socket.socket | None = None
         try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
             _connect_within(connection, f"/proc/self/fd/{directory_fd}/{SESSION_SOCKET}", deadline)
             require_same_user(peer_credentials(connection))
             packet = _receive_within(connection, deadline)
             return cls(connection, directory, directory_fd, _understood(packet))
         except BaseException as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             os.close(directory_fd)
             if isinstance(error, OSError):
                 raise CacheUnavailableError(f"the session broke: {error.strerror}") from error

@@ -15,7 +15,8 @@ from dgcache_core.scratch import ScratchPool
 from dgcache_core.store import ReadInto
 
 _HELPER_FROM_BYTES = 256 << 10
-"""Hashing less than this takes about as long as waking another thread."""
+"""Measured on two cores: with the helper a store of 256 KiB is 1.2 times as fast, one of 64 KiB
+0.93 times."""
 
 
 class Sealing:

@@ -36,7 +36,7 @@ class Deposit:
         try:
             self._cancelled = os.eventfd(0, os.EFD_CLOEXEC)
             try:
-                self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+                self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
             except OSError:
                 os.close(self._cancelled)
                 raise
@@ -59,10 +59,6 @@ class Deposit:
         """
         self._forget = callback
 
-    def when_ended(self, callback: Callable[[], None]) -> None:
-        """Call back once the bytes have ended, well or not."""
-        self._filled.add_done_callback(lambda _: callback())
-
     @property
     def filled(self) -> "asyncio.Future[None]":
         """Done when the bytes have ended, well or not."""
@@ -70,7 +66,7 @@ class Deposit:
 
     def lend(self) -> int:
         """Return the write end, which is the caller's to send and close."""
-        write_end, self.write_end = self.write_end, -1
+        write_end, self._write_end = self._write_end, -1
         return write_end
 
     async def commit(self) -> Sha256:
@@ -106,12 +102,12 @@ class Deposit:
         """The bytes have ended, well or not: the pipe goes, and a commit must come soon."""
         os.close(self._read_end)
         os.close(self._cancelled)
-        if self.write_end >= 0:
-            os.close(self.write_end)
-        if filled.cancelled() or filled.exception() is not None:
+        if self._write_end >= 0:
+            os.close(self._write_end)
+        failed = filled.cancelled() or filled.exception() is not None
+        if failed or self._given_up:
             self._ingest.abort()  # its room is somebody else's at once
         if self._given_up:
-            self._ingest.abort()
             return
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(self._limits.commit_seconds, self._expire)

@@ -28,6 +28,8 @@ class Limits:
     that nobody has read yet, so it holds 16."""
     stores_at_once: int = 32
     """Stores in progress, over all sessions."""
+    deposits_per_session: int = 256
+    """Stores a session began and neither committed nor aborted, those that failed included."""
     deposit_idle_seconds: float = 10.0
     """How long the writer of a deposit may pause."""
     deposit_bytes_per_second: int = 64 << 10

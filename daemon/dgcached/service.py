@@ -116,6 +116,8 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         session = current_caller().require_session()
         if request.request_id in session.deposits:
             raise InvalidReferenceError("this request id is of a store in progress")
+        if len(session.deposits) >= self._limits.deposits_per_session:
+            raise CacheFullError("this session has too many stores that it did not end")
         deposit = await self._open_deposit(
             _deltaspace(request.deltaspace), request.size, request.expected_sha256
         )
@@ -191,10 +193,10 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         except OSError as error:
             raise CacheFullError(f"no descriptors for a store: {error.strerror}") from error
         self._deposits += 1
-        deposit.when_ended(self._count_ended)
+        deposit.filled.add_done_callback(self._count_ended)
         return deposit
 
-    def _count_ended(self) -> None:
+    def _count_ended(self, _: "asyncio.Future[None]") -> None:
         self._deposits -= 1
 
     def _deposit(self, request_id: int) -> Deposit:

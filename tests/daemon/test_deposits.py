@@ -311,6 +311,19 @@ def test_stores_at_once_are_limited(hurried: Client) -> None:
     hurried.store(DATA)
 
 
+def test_stores_that_nobody_ends_are_bounded() -> None:
+    """Those that failed by themselves count until they are forgotten; ending one makes room."""
+    with running(limits={"deposits_per_session": 4}) as daemon, Client(daemon.directory) as client:
+        begun = [client.begin(1) for _ in range(4)]
+        for _, write_end in begun:
+            os.close(write_end)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            client.begin(1)
+        with refused(grpc.StatusCode.INVALID_ARGUMENT):
+            client.commit(begun[0][0])
+        assert client.store(DATA)
+
+
 def test_deposits_that_nobody_commits_cannot_use_up_the_budget() -> None:
     """When every key is taken by such deposits, what is refused then leaves no reservation."""
     limits = {"commit_seconds": 0.5}

@@ -175,6 +175,14 @@ def test_a_cache_that_is_too_small_fails_nothing(source: Path) -> None:
         assert port.has_ref("bucket", "prefix", DIGEST) is False
 
 
+def test_a_source_that_cannot_be_read_fails_nothing(
+    port: ReferenceCachePort, tmp_path: Path
+) -> None:
+    """It was uploaded already: that it cannot be cached is not the user's trouble."""
+    assert not port.write_ref("bucket", "prefix", tmp_path / "missing").exists()
+    assert port.has_ref("bucket", "prefix", DIGEST) is False
+
+
 class Storage:
     """S3 as DeltaService sees it, from memory; counts the fetches."""
 

@@ -6,7 +6,7 @@ The contract between dg-cached and its clients.
 Two sockets in one directory of mode 0700. `session.sock` (SOCK_SEQPACKET) carries SessionMessage
 packets and descriptors from the daemon to the client; `rpc.sock` carries gRPC. On both, the
 daemon admits only peers of its own uid (SO_PEERCRED), and a client sends nothing before it has
-checked the daemon's uid in the same way.
+checked the daemon's uid in the same way on session.sock.
 
 Who may call: "any admitted connection" needs no session. "Session" means that the call carries
 the metadata `dg-session` with the id from Hello, as 32 hexadecimal digits, on a connection of
@@ -122,7 +122,7 @@ class Limits(_message.Message):
     max_message_bytes: _builtins.int
     """the largest gRPC message"""
     calls_per_session: _builtins.int
-    """calls in progress at once; more wait in the client's channel"""
+    """calls in progress at once; more wait"""
     stores_at_once: _builtins.int
     """stores in progress, over all sessions"""
     def __init__(
