@@ -263,6 +263,24 @@ def test_a_daemon_stopped_in_mid_session_is_left_at_the_deadline(daemon: Setting
                 os.kill(pid, signal.SIGCONT)
 
 
+def test_a_daemon_that_pauses_before_the_first_call_is_waited_for(
+    daemon: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy host answers the session at once and the HTTP/2 handshake half a second later."""
+    monkeypatch.setattr(dgcache.remote, "_SHORT_SECONDS", 10.0)
+    with dgcache.open(daemon) as cache:
+        pid = pid_of(cache)
+    with dgcache.open(daemon) as cache:
+        os.kill(pid, signal.SIGSTOP)
+        waker = threading.Timer(0.5, os.kill, (pid, signal.SIGCONT))
+        waker.start()
+        try:
+            assert not cache.has("bucket", "prefix", DIGEST)
+            assert cache.backend == "dg-cached"
+        finally:
+            waker.join()
+
+
 class KillingStream(io.BytesIO):
     """A stream in the middle of which the daemon is killed."""
 
