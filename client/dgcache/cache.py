@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dgcache.backends import Backend
+from dgcache.claims import Claim
 from dgcache.copies import (
     DAEMON_LOST,
     MAX_SPOOL_BYTES,
@@ -140,6 +141,9 @@ class ReferenceCache:
     ) -> Reference:
         """Return the reference, from the cache or else from `fetch`, and keep it for the next.
 
+        Of many processes that miss it at once, one fetches and the others wait for it, at most
+        `DG_CACHE_WAIT_SECONDS` before one more may fetch.
+
         Args:
             bucket: as `get`.
             prefix: as `get`.
@@ -149,17 +153,17 @@ class ReferenceCache:
         Raises:
             InvalidReferenceError: an argument is wrong, or what was fetched has another digest.
         """
-        try:
-            return self.get(bucket, prefix, sha256)
-        except (CacheMissError, CacheCorruptionError, CacheFullError):
-            pass
         deltaspace, digest = Deltaspace(bucket, prefix), parse_sha256(sha256)
+        found = self.get_or_claim(deltaspace, digest)
+        if isinstance(found, Reference):
+            return found
         started = time.monotonic()
-        fetched = fetch()
         with ExitStack() as stack:
+            claim = stack.enter_context(found)
+            fetched = fetch()
             if hasattr(fetched, "close"):
                 stack.callback(fetched.close)
-            return self.adopt(deltaspace, digest, fetched, started=started)
+            return self.adopt(deltaspace, digest, fetched, started=started, claim=claim)
 
     def evict(self, bucket: str, prefix: str) -> Freed:
         """Forget a deltaspace; references that serve no other are freed.
@@ -216,6 +220,20 @@ class ReferenceCache:
 
     # -- for adapters --------------------------------------------------------------------------
 
+    def get_or_claim(self, deltaspace: Deltaspace, sha256: Sha256) -> Reference | Claim:
+        """Return the reference, or the claim to fetch it; may wait for another process's fetch.
+
+        Whatever is wrong with the cache makes it a claim.
+        """
+        started = time.monotonic()
+        try:
+            found = self._look_up_or_claim(deltaspace, sha256)
+        except (CacheMissError, CacheCorruptionError, CacheFullError):
+            return Claim()
+        if isinstance(found, Reference) and self._settings.report:
+            report_hit(found.source, found.size, time.monotonic() - started)
+        return found
+
     def adopt(
         self,
         deltaspace: Deltaspace,
@@ -224,6 +242,7 @@ class ReferenceCache:
         *,
         size: int | None = None,
         started: float | None = None,
+        claim: Claim | None = None,
     ) -> Reference:
         """Return fetched bytes as a reference and keep them where there is room.
 
@@ -236,6 +255,7 @@ class ReferenceCache:
             fetched: what `put` takes.
             size: the length of a stream, in bytes, if known.
             started: when the fetch began (time.monotonic), for the report.
+            claim: ends here, with what became of it.
 
         Raises:
             InvalidReferenceError: the digest is another.
@@ -263,6 +283,8 @@ class ReferenceCache:
                 _, stored_in = self._store_reference(deltaspace, reference)
             except CacheError as error:
                 logger.debug("the fetched reference could not be kept: %s", error)
+        if claim is not None:
+            (claim.stored if stored_in == "dg-cached" else claim.cannot_be_stored)()
         if self._settings.report:
             report_fetch(reference.size, time.monotonic() - started, stored_in)
         return reference
@@ -383,6 +405,19 @@ class ReferenceCache:
         except CacheMissError as error:
             raise (miss or error) from None
         return Reference(handout, source=local.name, on_close=_sweeper(local))
+
+    def _look_up_or_claim(self, deltaspace: Deltaspace, sha256: Sha256) -> Reference | Claim:
+        """What this process has counts first: nobody waits for bytes that are at hand."""
+        local = self._existing_local()
+        if local is not None and local.miss_reason(deltaspace, sha256) is None:
+            return self._look_up(deltaspace, sha256)
+        wait_seconds = self._settings.wait_seconds
+        found = self._try_daemon(
+            lambda daemon: daemon.get_or_lease(deltaspace, sha256, wait_seconds)
+        )
+        if found is None:
+            return self._look_up(deltaspace, sha256)
+        return found if isinstance(found, Claim) else Reference(found, source="dg-cached")
 
     def _store(
         self, deltaspace: Deltaspace, source: Source, expected: Sha256 | None

@@ -36,6 +36,7 @@ from deltaglider.core.service import DeltaService
 
 import dgcache
 from dgcache.cache import ReferenceCache
+from dgcache.claims import Claim
 from dgcache.reference import Reference
 from dgcache.report import logger
 from dgcache_core.errors import (
@@ -88,17 +89,25 @@ class ReferenceCachePort:
         return path or _NO_REFERENCE / bucket / prefix / "reference.bin"
 
     def has_ref(self, bucket: str, prefix: str, sha: str) -> bool:
-        """Tell whether the reference is cached, and take it into the hand if it is."""
+        """Tell whether the reference is cached, and take it into the hand if it is.
+
+        While another process fetches it, this one waits. False means that DeltaGlider fetches it
+        now, and others may wait for that: the claim ends with `stream_ref`, `write_ref`, or this
+        thread's next operation.
+        """
         hand = self._hand()
         hand.open()
         if self._is_forgotten(bucket, prefix):
             return False
         try:
-            reference = self._cache.get(bucket, prefix, sha)
+            found = self._cache.get_or_claim(Deltaspace(bucket, prefix), parse_sha256(sha))
         except (CacheError, OSError) as error:
             logger.debug("no reference for %s/%s: %s", bucket, prefix, error)
             return False
-        self._take(hand, (bucket, prefix, sha), reference)
+        if isinstance(found, Claim):
+            hand.claim = found
+            return False
+        self._take(hand, (bucket, prefix, sha), found)
         return True
 
     def get_validated_ref(self, bucket: str, prefix: str, expected_sha: str) -> Path:
@@ -139,10 +148,16 @@ class ReferenceCachePort:
             InvalidReferenceError: the bytes have another digest.
         """
         hand = self._hand()
+        claim, hand.claim = hand.claim, None
         hand.open()
-        reference = self._cache.adopt(
-            Deltaspace(bucket, prefix), parse_sha256(sha), stream, size=_length_of(stream)
-        )
+        with claim or Claim() as ending:
+            reference = self._cache.adopt(
+                Deltaspace(bucket, prefix),
+                parse_sha256(sha),
+                stream,
+                size=_length_of(stream),
+                claim=ending,
+            )
         self._take(hand, (bucket, prefix, sha), reference)
         self._remember(bucket, prefix)
 
@@ -227,6 +242,8 @@ class _Hand:
         self._lock = threading.Lock()
         self._reference: Reference | None = None
         self.key: _Key | None = None
+        self.claim: Claim | None = None
+        """Of a reference that this thread is about to fetch."""
 
     def take(self, key: _Key, reference: Reference) -> None:
         with self._lock:
@@ -242,8 +259,11 @@ class _Hand:
         """Let go of what is in it."""
         with self._lock:
             reference, self._reference, self.key = self._reference, None, None
+            claim, self.claim = self.claim, None
         if reference is not None:
             reference.close()
+        if claim is not None:
+            claim.give_back()
 
     def open_if(self, bucket: str, prefix: str) -> None:
         """Let go of it if it is of this deltaspace."""

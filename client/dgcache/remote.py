@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from dgcache.claims import Claim
 from dgcache.session import Session
 from dgcache.sources import Source
 from dgcache_core.errors import (
@@ -42,6 +43,8 @@ _COMMIT_SECONDS = 10.0
 _SHORT_SECONDS = 2.0
 _PIPE_STALL_SECONDS = 5.0
 _DESCRIPTOR_SECONDS = 1.0
+_LONGEST_WAITS = 2
+"""How many leases long the daemon makes anybody wait beyond its budget, at the most."""
 
 _ERRORS: dict[grpc.StatusCode, type[CacheError]] = {
     grpc.StatusCode.DATA_LOSS: CacheCorruptionError,
@@ -61,6 +64,10 @@ _CHANNEL_OPTIONS = [
     # deadline of the call is what bounds the wait
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 100),
+    # a wait for somebody else's fetch may be long; a daemon that is stopped meanwhile shows in 8 s
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 
@@ -74,7 +81,10 @@ class DaemonBackend:
         self._session = session
         self._request_ids = itertools.count(1)
         # more at once would only wait in the daemon, or be refused; every call has a deadline
-        self._calls = threading.BoundedSemaphore(max(1, session.hello.limits.calls_per_session))
+        calls = max(1, session.hello.limits.calls_per_session)
+        self._calls = threading.BoundedSemaphore(calls)
+        # beside the calls, so that the store which ends a wait is never behind it
+        self._waits = threading.BoundedSemaphore(max(1, calls // 2))
         self._channel = grpc.insecure_channel(
             f"unix:/proc/self/fd/{session.directory_fd}/{RPC_SOCKET}", options=_CHANNEL_OPTIONS
         )
@@ -89,6 +99,46 @@ class DaemonBackend:
             request_id=request_id, deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256)
         )
         size = self._call(self._stub.Lookup, request, _LOOKUP_SECONDS).size
+        return self._receive(request_id, size, sha256)
+
+    def get_or_lease(
+        self, deltaspace: Deltaspace, sha256: Sha256, wait_seconds: float
+    ) -> Handout | Claim:
+        """Return a handout, at once or when another process has stored it, or the claim to fetch.
+
+        Args:
+            deltaspace: as `get`.
+            sha256: as `get`.
+            wait_seconds: how long to wait for somebody else's fetch before fetching beside it.
+
+        Raises:
+            CacheMissError: fetch it; nobody waits for you.
+        """
+        if not self._waits.acquire(timeout=wait_seconds):
+            return self.get(deltaspace, sha256)
+        try:
+            request_id = next(self._request_ids)
+            request = pb.LookupRequest(
+                request_id=request_id,
+                deltaspace=_message(deltaspace),
+                sha256=bytes.fromhex(sha256),
+                on_miss=pb.LookupRequest.ON_MISS_LEASE,
+                wait_seconds=wait_seconds,
+            )
+            longest = wait_seconds + _LONGEST_WAITS * self._session.hello.limits.lease_seconds
+            answer = self._guarded(self._stub.Lookup, request, _LOOKUP_SECONDS + longest)
+        finally:
+            self._waits.release()
+        if answer.HasField("lease"):
+            return Claim(self, answer.lease.id)
+        return self._receive(request_id, answer.size, sha256)
+
+    def release(self, lease_id: int, *, cannot_be_stored: bool) -> None:
+        """Give a lease back."""
+        request = pb.ReleaseLeaseRequest(lease_id=lease_id, cannot_be_stored=cannot_be_stored)
+        self._call(self._stub.ReleaseLease, request, _SHORT_SECONDS)
+
+    def _receive(self, request_id: int, size: int, sha256: Sha256) -> Handout:
         fd = self._session.take_descriptor(request_id, _DESCRIPTOR_SECONDS)
         try:
             require_sealed(fd, size)
@@ -162,6 +212,7 @@ class DaemonBackend:
         )
         status["store"] = _with_numbers(status["store"])
         status["hardening"] = _with_numbers(status["hardening"])
+        status["leases"] = _with_numbers(status.get("leases", {}))
         status["directory"] = str(self._session.directory)
         return status
 
@@ -174,9 +225,12 @@ class DaemonBackend:
         self._session.close()
 
     def _call(self, method: Callable[..., M], request: Any, seconds: float) -> M:
+        with self._calls:
+            return self._guarded(method, request, seconds)
+
+    def _guarded(self, method: Callable[..., M], request: Any, seconds: float) -> M:
         try:
-            with self._calls:
-                return method(request, timeout=seconds, metadata=self._metadata)
+            return method(request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             _raise_for(error)
         except ValueError as error:  # another thread found the daemon lost and closed the channel

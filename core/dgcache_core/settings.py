@@ -163,6 +163,12 @@ class ClientSettings(_Checked):
     connect_timeout_ms: float = setting(
         50, "DG_CACHE_CONNECT_TIMEOUT_MS", parse_number, "budget to decide for the fallback, in ms"
     )
+    wait_seconds: float = setting(
+        120,
+        "DG_CACHE_WAIT_SECONDS",
+        parse_number,
+        "longest wait for another process that fetches the same reference, in seconds",
+    )
     report: bool = setting(
         False, "DG_CACHE_REPORT", parse_boolean, "true: one line per reference on what it saved"
     )
@@ -181,6 +187,7 @@ class ClientSettings(_Checked):
         self._require_between("fallback_size_mb", 0, _MAX_MB)
         self._require_between("ttl_seconds", 1, _MAX_SECONDS)
         self._require_between("connect_timeout_ms", 1, 60_000)
+        self._require_between("wait_seconds", 0, 3600)
         self._require_absolute("socket_dir")
         self._require_absolute("cache_dir")
 

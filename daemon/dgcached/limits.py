@@ -36,6 +36,11 @@ class Limits:
     """The slowest writer of a deposit that is waited for."""
     commit_seconds: float = 30.0
     """From the last byte of a deposit to its CommitStore."""
+    lease_seconds: float = 600.0
+    """How long the fetch of a missing reference may take before somebody else may, too."""
+    ping_interval_ms: int = 1000
+    """The shortest time between two HTTP/2 pings of one client that has a call open; one that pings
+    faster loses its connection."""
     decryptions_at_once: int = 2
     """Lookups that decrypt at the same time."""
     drain_seconds: float = 10.0

@@ -25,6 +25,7 @@ from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached import BUILD
 from dgcached.admission import AdmissionInterceptor
+from dgcached.flights import Flights
 from dgcached.hardening import effective
 from dgcached.host_memory import Budget
 from dgcached.limits import Limits
@@ -88,8 +89,13 @@ class Daemon:
         self._store = MemoryStore(budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False)
         self._registry = Registry()
         self._sweeper = Sweeper(self._store)
+        self._flights = Flights(limits.lease_seconds)
         self._service = CacheService(
-            self._store, limits, on_change=self._sweeper.wake, describe=self._describe
+            self._store,
+            limits,
+            on_change=self._sweeper.wake,
+            flights=self._flights,
+            describe=self._describe,
         )
 
     async def run(self) -> None:
@@ -102,7 +108,11 @@ class Daemon:
         server, health = await self._start_inner(inner_path)
         listener = Listener(self._listeners.rpc, inner_path, self._registry, self._limits)
         sessions = SessionListener(
-            self._listeners.session, self._registry, self._limits, self._hello()
+            self._listeners.session,
+            self._registry,
+            self._limits,
+            self._hello(),
+            self._flights.end_session,
         )
         await listener.start()
         sessions.start()
@@ -122,6 +132,7 @@ class Daemon:
         sessions.stop_accepting()
         listener.stop_accepting()
         self._listeners.withdraw()
+        self._flights.close()
         await health.enter_graceful_shutdown()
         await server.stop(self._limits.drain_seconds)
         sessions.close()
@@ -144,6 +155,8 @@ class Daemon:
                 ("grpc.max_send_message_length", self._limits.message_bytes),
                 ("grpc.server_handshake_timeout_ms", handshake_ms),
                 ("grpc.so_reuseport", 0),
+                # a client that waits for a lease sees by pings that this process still runs
+                ("grpc.http2.min_ping_interval_without_data_ms", self._limits.ping_interval_ms),
             ],
         )
         dgcache_pb2_grpc.add_ReferenceCacheServicer_to_server(self._service, server)
@@ -169,6 +182,7 @@ class Daemon:
                 max_message_bytes=self._limits.message_bytes,
                 calls_per_session=self._limits.calls_per_session,
                 stores_at_once=self._limits.stores_at_once,
+                lease_seconds=self._limits.lease_seconds,
             ),
         )
 
@@ -192,6 +206,7 @@ class Daemon:
             ),
             settings=self._effective_settings(),
             log=_as_text(self._log),
+            leases=self._flights.describe(),
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

@@ -15,22 +15,33 @@ from grpc import aio
 
 from dgcache_core.aead import CHUNK_BYTES
 from dgcache_core.errors import (
+    CacheCorruptionError,
     CacheError,
     CacheFullError,
+    CacheMissError,
     CacheUnavailableError,
     InvalidReferenceError,
+    MissReason,
 )
 from dgcache_core.handouts import Handout
+from dgcache_core.leases import GoAlone, Granted
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256, parse_sha256
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached.admission import current_caller
 from dgcached.deposits import Deposit
+from dgcached.flights import Flights
 from dgcached.limits import Limits
 from dgcached.pages import page_of_entries
+from dgcached.sessions import Session
+from dgcached.statuses import report_corruption
 
 T = TypeVar("T")
+
+_LONGEST_WAIT_SECONDS = 3600.0
+_MOST_LOOKS = 3
+"""How often a lookup that waited looks again: what was stored may be evicted before it looks."""
 
 
 class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
@@ -42,6 +53,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         limits: Limits,
         *,
         on_change: Callable[[], None],
+        flights: Flights,
         describe: Callable[[], pb.StatusResponse],
     ) -> None:
         """Serve `store`.
@@ -50,11 +62,13 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             store: where references live.
             limits: the bounds.
             on_change: called after the store handed something out or took something in.
+            flights: who fetches what.
             describe: makes the answer to Status.
         """
         self._store = store
         self._limits = limits
         self._on_change = on_change
+        self._flights = flights
         self._describe = describe
         self._decryption = ThreadPoolExecutor(limits.decryptions_at_once, "dg-cache-lookup")
         self._reading = ThreadPoolExecutor(limits.stores_at_once, "dg-cache-deposit")
@@ -77,7 +91,10 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     ) -> pb.LookupResponse:
         """See the .proto."""
         session = current_caller().require_session()
-        handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        found = await self._handout_or_lease(request, session)
+        if isinstance(found, pb.Lease):
+            return pb.LookupResponse(lease=found)
+        handout = found
         try:
             session.send_descriptor(request.request_id, pb.Descriptor.PURPOSE_HANDOUT, handout.fd)
         finally:
@@ -95,6 +112,41 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
                 yield pb.ReadResponse(data=os.pread(handout.fd, CHUNK_BYTES, offset))
         finally:
             os.close(handout.fd)
+
+    async def ReleaseLease(
+        self, request: pb.ReleaseLeaseRequest, context: aio.ServicerContext
+    ) -> pb.ReleaseLeaseResponse:
+        """See the .proto."""
+        self._flights.give_back(
+            request.lease_id,
+            current_caller().require_session(),
+            cannot_be_stored=request.cannot_be_stored,
+        )
+        return pb.ReleaseLeaseResponse()
+
+    async def _handout_or_lease(
+        self, request: pb.LookupRequest, session: Session
+    ) -> Handout | pb.Lease:
+        """Look up; where a lease is wanted, wait for whoever fetches, and look again."""
+        deltaspace, sha256 = _deltaspace(request.deltaspace), _sha256(request.sha256)
+        wants_lease = request.on_miss == pb.LookupRequest.ON_MISS_LEASE
+        if not wants_lease:
+            return await self._handout(deltaspace, sha256)
+        for _ in range(_MOST_LOOKS):
+            try:
+                return await self._handout(deltaspace, sha256)
+            except CacheCorruptionError as error:
+                report_corruption(error)
+                miss = CacheMissError(str(error), MissReason.DROPPED_CORRUPT)
+            except CacheMissError as error:
+                miss = error
+            answer = await self._flights.ask(sha256, session, _wait_seconds(request))
+            if isinstance(answer, Granted):
+                seconds = self._flights.lease_seconds
+                return pb.Lease(id=answer.id, seconds=seconds, miss_reason=miss.reason)
+            if isinstance(answer, GoAlone):
+                break
+        raise miss
 
     async def _handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
         handout = self._store.lookup_shared(deltaspace, sha256)
@@ -143,7 +195,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             sha256 = await self._deposit(request.request_id).commit()
         finally:
             deposits.pop(request.request_id, None)
-        self._on_change()
+        self._took_in(sha256)
         return pb.CommitStoreResponse(sha256=bytes.fromhex(sha256))
 
     async def AbortStore(
@@ -177,17 +229,26 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         finally:
             pouring.cancel()
             deposit.cancel()
-        self._on_change()
+        self._took_in(sha256)
         return pb.WriteResponse(sha256=bytes.fromhex(sha256))
+
+    def _took_in(self, sha256: Sha256) -> None:
+        self._flights.stored(sha256)
+        self._on_change()
 
     async def _open_deposit(self, deltaspace: Deltaspace, size: int, expected: bytes) -> Deposit:
         """Reserve room and a place among the stores in progress."""
         if self._deposits >= self._limits.stores_at_once:
             raise CacheFullError(f"{self._deposits} stores are in progress, more are not admitted")
         digest = _sha256(expected) if expected else None
-        ingest = self._store.begin(
-            size, deltaspace, expected=digest, stored_by=str(current_caller().peer)
-        )
+        try:
+            ingest = self._store.begin(
+                size, deltaspace, expected=digest, stored_by=str(current_caller().peer)
+            )
+        except CacheFullError:
+            if digest is not None:
+                self._flights.cannot_be_stored(digest)
+            raise
         try:
             deposit = Deposit(ingest, self._limits, self._reading)
         except OSError as error:
@@ -244,6 +305,13 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
 
 def _deltaspace(message: pb.Deltaspace) -> Deltaspace:
     return Deltaspace(message.bucket, message.prefix)
+
+
+def _wait_seconds(request: pb.LookupRequest) -> float:
+    seconds = request.wait_seconds
+    if not 0 <= seconds <= _LONGEST_WAIT_SECONDS:  # false for nan
+        raise InvalidReferenceError(f"a wait is 0 to {_LONGEST_WAIT_SECONDS:g} seconds")
+    return seconds
 
 
 def _sha256(raw: bytes) -> Sha256:

@@ -2,7 +2,7 @@
 
 The daemon speaks first (Hello) and later sends descriptors; the client sends nothing in version 1
 of the protocol, so a packet from it ends the session, and descriptors it sends are dropped by the
-kernel. A session owns its deposits: its end aborts them.
+kernel. A session owns its deposits and its leases: its end aborts those and passes these on.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import secrets
 import socket
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
 
 from dgcache_core.errors import CacheFullError, CacheRefusedError, CacheUnavailableError
@@ -72,7 +73,10 @@ class SessionListener:
         registry: Registry,
         limits: Limits,
         hello: dgcache_pb2.Hello,
+        on_end: Callable[[Session], None],
     ) -> None:
+        """Serve `listening`; `on_end` hears of every session that is over."""
+        self._on_end = on_end
         self._listening = listening
         self._registry = registry
         self._limits = limits
@@ -159,5 +163,6 @@ class SessionListener:
         for deposit in session.deposits.values():
             deposit.cancel()
         session.deposits.clear()
+        self._on_end(session)
         with suppress(OSError):
             session.connection.close()

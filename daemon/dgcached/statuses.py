@@ -35,10 +35,15 @@ class UnauthenticatedError(CacheRefusedError):
 async def abort_with(context: aio.ServicerContext, error: CacheError) -> None:
     """End the call with the status of `error`; a miss carries its reason."""
     if isinstance(error, CacheCorruptionError):
-        event(logging.ERROR, "entry-dropped", reason=error)
+        report_corruption(error)
     if isinstance(error, UnauthenticatedError):
         code = grpc.StatusCode.UNAUTHENTICATED
     else:
         code = _CODES[type(error)]
     trailing = ((MISS_REASON_KEY, str(error.reason)),) if isinstance(error, CacheMissError) else ()
     await context.abort(code, str(error), trailing)
+
+
+def report_corruption(error: CacheCorruptionError) -> None:
+    """Log that an entry failed its check and is gone."""
+    event(logging.ERROR, "entry-dropped", reason=error)

@@ -123,7 +123,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
-    store, hardening = status["store"], status["hardening"]
+    store, hardening, leases = status["store"], status["hardening"], status["leases"]
     used = store["blob_bytes"] + store["handout_bytes"] + store["reserved_bytes"]
     supervised = "under systemd" if status["supervisor"] == "systemd" else "on its own"
     asked = store["hits"] + sum(store["misses"].values())
@@ -161,6 +161,11 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             "clients",
             f"{status['sessions']} sessions, {status['connections']} connections, "
             f"{status['stores_in_progress']} stores in progress",
+        ),
+        (
+            "fetches",
+            f"{leases['held']} in progress, {leases['waiting']} waiting for them; "
+            f"{leases['saved']} GETs saved by waiting",
         ),
         (
             "protection",

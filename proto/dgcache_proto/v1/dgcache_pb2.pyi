@@ -117,6 +117,7 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     CALLS_PER_SESSION_FIELD_NUMBER: _builtins.int
     STORES_AT_ONCE_FIELD_NUMBER: _builtins.int
+    LEASE_SECONDS_FIELD_NUMBER: _builtins.int
     max_entry_bytes: _builtins.int
     """the largest reference that can be stored"""
     max_message_bytes: _builtins.int
@@ -125,6 +126,8 @@ class Limits(_message.Message):
     """calls in progress at once; more wait"""
     stores_at_once: _builtins.int
     """stores in progress, over all sessions"""
+    lease_seconds: _builtins.float
+    """how long a lease lasts at the most"""
     def __init__(
         self,
         *,
@@ -132,10 +135,11 @@ class Limits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         calls_per_session: _builtins.int = ...,
         stores_at_once: _builtins.int = ...,
+        lease_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_session", b"calls_per_session", "max_entry_bytes", b"max_entry_bytes", "max_message_bytes", b"max_message_bytes", "stores_at_once", b"stores_at_once"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_session", b"calls_per_session", "lease_seconds", b"lease_seconds", "max_entry_bytes", b"max_entry_bytes", "max_message_bytes", b"max_message_bytes", "stores_at_once", b"stores_at_once"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -212,12 +216,34 @@ Global___Deltaspace: _TypeAlias = Deltaspace  # noqa: Y015
 class LookupRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _OnMiss:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OnMissEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LookupRequest._OnMiss.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ON_MISS_FAIL: LookupRequest._OnMiss.ValueType  # 0
+        """answer NOT_FOUND"""
+        ON_MISS_LEASE: LookupRequest._OnMiss.ValueType  # 1
+        """answer with a lease, or wait for the one who has it"""
+
+    class OnMiss(_OnMiss, metaclass=_OnMissEnumTypeWrapper): ...
+    ON_MISS_FAIL: LookupRequest.OnMiss.ValueType  # 0
+    """answer NOT_FOUND"""
+    ON_MISS_LEASE: LookupRequest.OnMiss.ValueType  # 1
+    """answer with a lease, or wait for the one who has it"""
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DELTASPACE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    ON_MISS_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """chosen by the client, unique within its session"""
     sha256: _builtins.bytes
+    on_miss: Global___LookupRequest.OnMiss.ValueType
+    wait_seconds: _builtins.float
+    """the longest wait on somebody else's lease; at most 3600"""
     @_builtins.property
     def deltaspace(self) -> Global___Deltaspace: ...
     def __init__(
@@ -226,10 +252,12 @@ class LookupRequest(_message.Message):
         request_id: _builtins.int = ...,
         deltaspace: Global___Deltaspace | None = ...,
         sha256: _builtins.bytes = ...,
+        on_miss: Global___LookupRequest.OnMiss.ValueType = ...,
+        wait_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deltaspace", b"deltaspace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltaspace", b"deltaspace", "request_id", b"request_id", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltaspace", b"deltaspace", "on_miss", b"on_miss", "request_id", b"request_id", "sha256", b"sha256", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,20 +268,97 @@ class LookupResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SIZE_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     """bytes"""
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """set in place of a handout: it is missing, and yours to fetch"""
+
     def __init__(
         self,
         *,
         size: _builtins.int = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LookupResponse: _TypeAlias = LookupResponse  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """The right and duty to fetch a missing reference while others wait. It ends when a reference with
+    that digest is stored, when it is released, at its deadline, and with its session.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    MISS_REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    seconds: _builtins.float
+    """from now to its deadline"""
+    miss_reason: _builtins.str
+    """as in dg-miss-reason"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        miss_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "miss_reason", b"miss_reason", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class ReleaseLeaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    CANNOT_BE_STORED_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
+    cannot_be_stored: _builtins.bool
+    """The reference is there but no cache takes it (too large, refused): everybody who waits goes on
+    without, and for a minute nobody waits for this digest.
+    """
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.int = ...,
+        cannot_be_stored: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cannot_be_stored", b"cannot_be_stored", "lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseLeaseRequest: _TypeAlias = ReleaseLeaseRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseLeaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseLeaseResponse: _TypeAlias = ReleaseLeaseResponse  # noqa: Y015
 
 @_typing.final
 class BeginStoreRequest(_message.Message):
@@ -749,6 +854,7 @@ class StatusResponse(_message.Message):
     HARDENING_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     build: _builtins.str
     protocol: _builtins.int
     pid: _builtins.int
@@ -766,6 +872,8 @@ class StatusResponse(_message.Message):
     def hardening(self) -> Global___Hardening: ...
     @_builtins.property
     def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveSetting]: ...
+    @_builtins.property
+    def leases(self) -> Global___LeaseStatus: ...
     def __init__(
         self,
         *,
@@ -781,14 +889,58 @@ class StatusResponse(_message.Message):
         hardening: Global___Hardening | None = ...,
         settings: _abc.Iterable[Global___EffectiveSetting] | None = ...,
         log: _builtins.str = ...,
+        leases: Global___LeaseStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "log", b"log", "pid", b"pid", "protocol", b"protocol", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "pid", b"pid", "protocol", b"protocol", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class LeaseStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    PASSED_ON_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    NOT_STORED_FIELD_NUMBER: _builtins.int
+    held: _builtins.int
+    """fetches in progress"""
+    waiting: _builtins.int
+    """calls that wait for them"""
+    granted: _builtins.int
+    passed_on: _builtins.int
+    """of these, to one who waited, because a holder gave up or died"""
+    expired: _builtins.int
+    """holders that lost it at the deadline"""
+    saved: _builtins.int
+    """calls that waited and got what somebody else fetched"""
+    not_stored: _builtins.int
+    """fetches that ended in something that cannot be stored"""
+    def __init__(
+        self,
+        *,
+        held: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        granted: _builtins.int = ...,
+        passed_on: _builtins.int = ...,
+        expired: _builtins.int = ...,
+        saved: _builtins.int = ...,
+        not_stored: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired", b"expired", "granted", b"granted", "held", b"held", "not_stored", b"not_stored", "passed_on", b"passed_on", "saved", b"saved", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseStatus: _TypeAlias = LeaseStatus  # noqa: Y015
 
 @_typing.final
 class StoreStatus(_message.Message):

@@ -39,6 +39,11 @@ class ReferenceCacheStub(object):
                 request_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.LookupRequest.SerializeToString,
                 response_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.LookupResponse.FromString,
                 _registered_method=True)
+        self.ReleaseLease = channel.unary_unary(
+                '/dgcache.v1.ReferenceCache/ReleaseLease',
+                request_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseRequest.SerializeToString,
+                response_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseResponse.FromString,
+                _registered_method=True)
         self.BeginStore = channel.unary_unary(
                 '/dgcache.v1.ReferenceCache/BeginStore',
                 request_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.BeginStoreRequest.SerializeToString,
@@ -99,6 +104,20 @@ class ReferenceCacheServicer(object):
         the answer comes.
         NOT_FOUND, DATA_LOSS, RESOURCE_EXHAUSTED (no room for the plaintext, or the session holds too
         many descriptors it has not read).
+
+        With ON_MISS_LEASE a miss is answered by a lease where nobody fetches the reference already:
+        the caller fetches and stores it, or releases the lease. Whoever asks meanwhile waits, and gets
+        the reference when it is stored, or the lease when its holder gives up, dies or takes too long.
+        A caller that has waited for `wait_seconds` may fetch beside the holder, one at a time, so that
+        there are never more than two fetches. NOT_FOUND then means: fetch it, and nobody waits for you.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLease(self, request, context):
+        """Gives a lease back without a store. Session, the one that got it; a lease that is over already
+        is no error. The end of a session gives back its leases, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,6 +209,11 @@ def add_ReferenceCacheServicer_to_server(servicer, server):
                     request_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.LookupRequest.FromString,
                     response_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.LookupResponse.SerializeToString,
             ),
+            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLease,
+                    request_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseRequest.FromString,
+                    response_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
             'BeginStore': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginStore,
                     request_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.BeginStoreRequest.FromString,
@@ -268,6 +292,33 @@ class ReferenceCache(object):
             '/dgcache.v1.ReferenceCache/Lookup',
             dgcache__proto_dot_v1_dot_dgcache__pb2.LookupRequest.SerializeToString,
             dgcache__proto_dot_v1_dot_dgcache__pb2.LookupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dgcache.v1.ReferenceCache/ReleaseLease',
+            dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseRequest.SerializeToString,
+            dgcache__proto_dot_v1_dot_dgcache__pb2.ReleaseLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

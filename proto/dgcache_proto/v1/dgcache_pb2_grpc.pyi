@@ -58,6 +58,16 @@ class ReferenceCacheStub:
     the answer comes.
     NOT_FOUND, DATA_LOSS, RESOURCE_EXHAUSTED (no room for the plaintext, or the session holds too
     many descriptors it has not read).
+
+    With ON_MISS_LEASE a miss is answered by a lease where nobody fetches the reference already:
+    the caller fetches and stores it, or releases the lease. Whoever asks meanwhile waits, and gets
+    the reference when it is stored, or the lease when its holder gives up, dies or takes too long.
+    A caller that has waited for `wait_seconds` may fetch beside the holder, one at a time, so that
+    there are never more than two fetches. NOT_FOUND then means: fetch it, and nobody waits for you.
+    """
+    ReleaseLease: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.ReleaseLeaseRequest, _dgcache_pb2.ReleaseLeaseResponse]
+    """Gives a lease back without a store. Session, the one that got it; a lease that is over already
+    is no error. The end of a session gives back its leases, too.
     """
     BeginStore: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.BeginStoreRequest, _dgcache_pb2.BeginStoreResponse]
     """Reserves room and lends the write end of a pipe, sent on the session when the answer comes.
@@ -101,6 +111,16 @@ class ReferenceCacheAsyncStub(ReferenceCacheStub):
     the answer comes.
     NOT_FOUND, DATA_LOSS, RESOURCE_EXHAUSTED (no room for the plaintext, or the session holds too
     many descriptors it has not read).
+
+    With ON_MISS_LEASE a miss is answered by a lease where nobody fetches the reference already:
+    the caller fetches and stores it, or releases the lease. Whoever asks meanwhile waits, and gets
+    the reference when it is stored, or the lease when its holder gives up, dies or takes too long.
+    A caller that has waited for `wait_seconds` may fetch beside the holder, one at a time, so that
+    there are never more than two fetches. NOT_FOUND then means: fetch it, and nobody waits for you.
+    """
+    ReleaseLease: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.ReleaseLeaseRequest, _dgcache_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
+    """Gives a lease back without a store. Session, the one that got it; a lease that is over already
+    is no error. The end of a session gives back its leases, too.
     """
     BeginStore: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.BeginStoreRequest, _dgcache_pb2.BeginStoreResponse]  # type: ignore[assignment]
     """Reserves room and lends the write end of a pipe, sent on the session when the answer comes.
@@ -147,6 +167,22 @@ class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
         the answer comes.
         NOT_FOUND, DATA_LOSS, RESOURCE_EXHAUSTED (no room for the plaintext, or the session holds too
         many descriptors it has not read).
+
+        With ON_MISS_LEASE a miss is answered by a lease where nobody fetches the reference already:
+        the caller fetches and stores it, or releases the lease. Whoever asks meanwhile waits, and gets
+        the reference when it is stored, or the lease when its holder gives up, dies or takes too long.
+        A caller that has waited for `wait_seconds` may fetch beside the holder, one at a time, so that
+        there are never more than two fetches. NOT_FOUND then means: fetch it, and nobody waits for you.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseLease(
+        self,
+        request: _dgcache_pb2.ReleaseLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dgcache_pb2.ReleaseLeaseResponse, _abc.Awaitable[_dgcache_pb2.ReleaseLeaseResponse]]:
+        """Gives a lease back without a store. Session, the one that got it; a lease that is over already
+        is no error. The end of a session gives back its leases, too.
         """
 
     @_abc_1.abstractmethod
