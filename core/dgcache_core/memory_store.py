@@ -6,6 +6,8 @@ encryption and decryption happen outside it, on entries that are pinned meanwhil
 - everything counts against `max_bytes`: ciphertext, plaintext that is held, and what is reserved
   for stores and lookups in progress. Space is reserved before it is filled;
 - the entry handed out longest ago leaves first; one that is being read never does;
+- where there is a tier below, what leaves for want of room is written there first, outside the
+  lock, and still counts meanwhile; who needs the room waits for it;
 - a blob leaves crypto-erased: its key is zeroed before its mapping is unmapped;
 - a failed check hands out nothing, drops the entry and is counted;
 - a closed store answers with errors at once; what is in progress then ends by itself, and the last
@@ -17,6 +19,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,6 +36,7 @@ from dgcache_core.bindings import Bindings
 from dgcache_core.clock import Clock, boottime_seconds
 from dgcache_core.errors import (
     CacheCorruptionError,
+    CacheError,
     CacheFullError,
     CacheMissError,
     CacheUnavailableError,
@@ -45,6 +49,7 @@ from dgcache_core.keyslab import KeySlab, KeySlot
 from dgcache_core.memory import Allocate, anonymous_memory, page_rounded
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.scratch import ScratchPool
+from dgcache_core.sealed_blobs import LoadedBlob, StoredBlob
 from dgcache_core.sealed_files import create_memory_file, seal, write_at
 from dgcache_core.store import Counters, EntryInfo, Freed, ReadInto, StoreStatus
 
@@ -54,6 +59,10 @@ at 2 MiB."""
 
 _REMEMBERED_MISSES = 4096
 _LONGEST_OPENING_SECONDS = 60.0
+_LONGEST_SPILL_SECONDS = 30.0
+
+Spill = Callable[[StoredBlob], None]
+Load = Callable[[Allocate, KeySlab], LoadedBlob | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +96,7 @@ class MemoryStore:
         max_entries: int = 4096,
         allocate: Allocate = anonymous_memory,
         clock: Clock = boottime_seconds,
+        spill: Spill | None = None,
     ) -> None:
         """Make an empty store.
 
@@ -97,7 +107,9 @@ class MemoryStore:
             max_entries: how many entries (and keys) there can be.
             allocate: where ciphertext lives.
             clock: seconds, for expiry and order.
+            spill: keeps what leaves for want of room; must not raise.
         """
+        self._spill = spill
         self._max_bytes = max_bytes
         self._ttl_seconds = ttl_seconds
         self._clock = clock
@@ -116,6 +128,7 @@ class MemoryStore:
         self._blob_bytes = 0
         self._reserved_bytes = 0
         self._counters = Counters()
+        self._leaving_bytes = 0  # of entries that are being spilled
         self._in_progress = 0  # stores and decryptions, which need keys, helpers and buffers
         self._closed = False
 
@@ -129,14 +142,14 @@ class MemoryStore:
                 return handout
             entry = self._entries[sha256]
             entry.readers += 1
+            self._opening.add(sha256)
+            self._in_progress += 1
             room = page_rounded(entry.frame.size)
             try:
                 self._reserve(room)
-            except CacheFullError:
-                self._unpin(entry)
+            except CacheError:
+                self._end_opening(entry, 0)
                 raise
-            self._opening.add(sha256)
-            self._in_progress += 1
         try:
             memory_file = self._decrypt(entry)
         except BaseException as error:
@@ -192,20 +205,21 @@ class MemoryStore:
         room = page_rounded(frame.sealed_bytes)
         with self._lock:
             self._require_open()
+            self._in_progress += 1
             try:
                 self._require_admissible(size)
                 key = self._new_key()
                 try:
                     self._reserve(room)
-                except CacheFullError:
+                except CacheError:
                     key.erase()
                     raise
-            except CacheFullError:
+            except CacheError:
                 self._counters.refused_stores += 1
                 if expected is not None and size > self.max_entry_bytes:
                     self._remember(expected, MissReason.TOO_LARGE)
+                self._end_progress()
                 raise
-            self._in_progress += 1
         try:
             blob = self._allocate(frame.sealed_bytes)
         except CacheFullError:
@@ -238,12 +252,7 @@ class MemoryStore:
             deltaspaces = self._bindings.deltaspaces(sha256)
             if sha256 in self._entries:
                 self._drop(self._entries[sha256], None)
-            self._entries[sha256] = entry
-            self._by_age[sha256] = None
-            self._blob_bytes += entry.bytes
-            self._past.pop(sha256, None)
-            for deltaspace in (*deltaspaces, ingest.deltaspace):
-                self._bindings.bind(deltaspace, sha256)
+            self._enter(entry, (*deltaspaces, ingest.deltaspace))
             self._counters.stores += 1
             self._counters.stored_bytes += entry.frame.size
 
@@ -258,6 +267,93 @@ class MemoryStore:
         with self._lock:
             self._reserved_bytes -= page_rounded(ingest.frame.sealed_bytes)
             self._end_progress()
+
+    # -- the tier below --------------------------------------------------------------------------
+
+    def restore(self, load: Load) -> bool:
+        """Take a sealed blob back from the tier below, within the budget.
+
+        Nothing of it is believed here: the checks of a lookup are made over this private copy.
+
+        Args:
+            load: reads it into the memory and key that it is given; None where it has none.
+
+        Raises:
+            CacheFullError: there is no room for it.
+        """
+        reserved = 0
+
+        def allocate(size: int) -> mmap.mmap:
+            nonlocal reserved
+            with self._lock:
+                self._require_open()
+                self._reserve(page_rounded(size))
+                reserved = page_rounded(size)
+            return self._allocate(size)
+
+        with self._lock:
+            self._require_open()
+            self._free_a_slot()
+            self._in_progress += 1
+        loaded: LoadedBlob | None = None
+        try:
+            loaded = load(allocate, self._keys)
+        finally:
+            with self._lock:
+                self._reserved_bytes -= reserved
+                if loaded is not None:
+                    self._take_back(loaded)
+                self._end_progress()
+        return loaded is not None
+
+    def _take_back(self, loaded: LoadedBlob) -> None:
+        now = self._clock()
+        entry = _Entry(
+            frame=loaded.frame,
+            sha256=loaded.sha256,
+            blob=loaded.blob,
+            key=loaded.key,
+            stored_by="",
+            created=now - (self._ttl_seconds - loaded.expires_in_seconds),
+            expires=now + loaded.expires_in_seconds,
+            last_used=now,
+        )
+        if self._closed or entry.sha256 in self._entries:
+            entry.dropped = True
+            self._blob_bytes += entry.bytes
+            self._free(entry)
+            return
+        self._enter(entry, loaded.deltaspaces)
+        self._by_age = {e.sha256: None for e in sorted(self._all(), key=lambda e: e.expires)}
+
+    def flush(self, seconds: float) -> int:
+        """Write every entry to the tier below, the most recently used first, in `seconds`.
+
+        Returns:
+            how many there was no time for.
+        """
+        deadline = time.monotonic() + seconds
+        left = 0
+        with self._lock:
+            for entry in reversed(self._all()):
+                if entry.dropped or self._spill is None:
+                    continue
+                if time.monotonic() < deadline:
+                    self._spill_unlocked(entry, self._spill)
+                else:
+                    left += 1
+        return left
+
+    def _all(self) -> list[_Entry]:
+        return list(self._entries.values())
+
+    def _enter(self, entry: _Entry, deltaspaces: Iterable[Deltaspace]) -> None:
+        self._entries[entry.sha256] = entry
+        self._by_age[entry.sha256] = None
+        self._blob_bytes += entry.bytes
+        self._past.pop(entry.sha256, None)
+        for deltaspace in deltaspaces:
+            self._bindings.bind(deltaspace, entry.sha256)
 
     # -- removing ------------------------------------------------------------------------------
 
@@ -402,33 +498,66 @@ class MemoryStore:
             )
 
     def _reserve(self, room: int) -> None:
-        """Make room by evicting what was handed out longest ago, then reserve it."""
-        missing = self._used_bytes + room - self._max_bytes
-        if missing > 0:
+        """Make room by evicting what was handed out longest ago, then reserve it.
+
+        With a tier below the lock is given away meanwhile: what the caller relies on afterwards
+        must be pinned.
+        """
+        if self._used_bytes + room > self._max_bytes:
             self._expire()
             self._handouts.sweep()
-            missing = self._used_bytes + room - self._max_bytes
-        if missing > 0:
+            self._shed(room)
+            self._require_open()
+        self._reserved_bytes += room
+
+    def _shed(self, room: int) -> None:
+        deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
+        while (missing := self._used_bytes + room - self._max_bytes) > 0:
             idle = [entry for entry in self._entries.values() if not entry.readers]
-            if sum(entry.bytes for entry in idle) < missing:
+            if sum(entry.bytes for entry in idle) + self._leaving_bytes < missing:
                 raise CacheFullError(f"no room for {room} bytes: the rest of the cache is in use")
+            if not idle:  # what is missing is being spilled by somebody else
+                if not self._opened.wait(deadline - time.monotonic()):
+                    raise CacheFullError(f"no room for {room} bytes: the disk tier is too slow")
+                continue
             for entry in idle:
-                if missing <= 0:
+                if missing <= 0 or entry.dropped or entry.readers:
                     break
                 missing -= entry.bytes
                 self._evict_one(entry)
-        self._reserved_bytes += room
 
     def _new_key(self) -> KeySlot:
+        self._free_a_slot()
+        return self._keys.new_key()
+
+    def _free_a_slot(self) -> None:
         if not self._keys.has_free_slot:
             oldest = next((e for e in self._entries.values() if not e.readers), None)
             if oldest is not None:
                 self._evict_one(oldest)
-        return self._keys.new_key()
 
     def _evict_one(self, entry: _Entry) -> None:
+        if self._spill is not None:
+            self._spill_unlocked(entry, self._spill)
+            if entry.dropped or entry.readers:
+                return  # gone, or wanted again in the meantime
         self._drop(entry, MissReason.EVICTED)
         self._counters.evictions += 1
+
+    def _spill_unlocked(self, entry: _Entry, spill: Spill) -> None:
+        """Give the lock away while the entry, pinned, is written to the tier below."""
+        entry.readers += 1
+        self._leaving_bytes += entry.bytes
+        deltaspaces = self._bindings.deltaspaces(entry.sha256)
+        self._lock.release()
+        try:
+            with memoryview(entry.blob) as blob:
+                spill(StoredBlob(entry.frame, entry.sha256, blob, entry.key.view, deltaspaces))
+        finally:
+            self._lock.acquire()
+            self._leaving_bytes -= entry.bytes
+            self._unpin(entry)
+            self._opened.notify_all()
 
     @property
     def _used_bytes(self) -> int:

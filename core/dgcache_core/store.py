@@ -125,8 +125,11 @@ class Store(Protocol):
     def evict(self, deltaspace: Deltaspace) -> Freed:
         """Unbind a deltaspace; blobs that serve no other are freed."""
 
-    def clear(self) -> Freed:
-        """Free every entry. What is held stays with its holders."""
+    def clear(self, *, rekey: bool = False) -> Freed:
+        """Free every entry. What is held stays with its holders.
+
+        With `rekey`, nothing that was written or kept before can be read with the keys of after.
+        """
 
     def sweep(self) -> None:
         """Free what has expired and what nobody holds any more."""
@@ -139,3 +142,28 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Erase every key and give all memory back."""
+
+
+class ResidentStore(Store, Protocol):
+    """A store that a daemon keeps: what it needs to look after it."""
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """The largest blob there can be, in bytes of plaintext."""
+
+    def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """Return a handout if that needs no decryption and no waiting, else None.
+
+        Raises:
+            CacheMissError: as `lookup`.
+        """
+
+    def set_limit(self, max_bytes: int) -> Freed:
+        """Put another limit in force, at most the budget; what is idle leaves until it fits."""
+
+    def seconds_to_next_expiry(self) -> float | None:
+        """Return how long until the oldest entry expires, or None where there is none."""
+
+    @property
+    def handouts_outstanding(self) -> int:
+        """How many plaintexts were held at the last sweep."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from grpc import aio
@@ -25,8 +26,8 @@ from dgcache_core.errors import (
 )
 from dgcache_core.handouts import Handout
 from dgcache_core.leases import GoAlone, Granted
-from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256, parse_sha256
+from dgcache_core.store import ResidentStore
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached.admission import current_caller
@@ -49,7 +50,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
 
     def __init__(
         self,
-        store: MemoryStore,
+        store: ResidentStore,
         limits: Limits,
         *,
         on_change: Callable[[], None],
@@ -241,19 +242,24 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         if self._deposits >= self._limits.stores_at_once:
             raise CacheFullError(f"{self._deposits} stores are in progress, more are not admitted")
         digest = _sha256(expected) if expected else None
-        try:
-            ingest = self._store.begin(
-                size, deltaspace, expected=digest, stored_by=str(current_caller().peer)
-            )
-        except CacheFullError:
-            if digest is not None:
-                self._flights.cannot_be_stored(digest)
-            raise
-        try:
-            deposit = Deposit(ingest, self._limits, self._reading)
-        except OSError as error:
-            raise CacheFullError(f"no descriptors for a store: {error.strerror}") from error
+        begin = partial(
+            self._store.begin,
+            size,
+            deltaspace,
+            expected=digest,
+            stored_by=str(current_caller().peer),
+        )
         self._deposits += 1
+        try:  # making room may mean writing to disk
+            ingest = await _run_owned(None, begin, lambda unwanted: unwanted.abort())
+            deposit = Deposit(ingest, self._limits, self._reading)
+        except BaseException as error:
+            self._deposits -= 1
+            if isinstance(error, CacheFullError) and digest is not None:
+                self._flights.cannot_be_stored(digest)
+            if isinstance(error, OSError):
+                raise CacheFullError(f"no descriptors for a store: {error.strerror}") from error
+            raise
         deposit.filled.add_done_callback(self._count_ended)
         return deposit
 
@@ -318,7 +324,9 @@ def _sha256(raw: bytes) -> Sha256:
     return parse_sha256(raw.hex())
 
 
-async def _run_owned(executor: Executor, make: Callable[[], T], dispose: Callable[[T], None]) -> T:
+async def _run_owned(
+    executor: Executor | None, make: Callable[[], T], dispose: Callable[[T], None]
+) -> T:
     """Run `make` in a thread; what it makes is disposed of if this task is cancelled meanwhile."""
     made = asyncio.get_running_loop().run_in_executor(executor, make)
 

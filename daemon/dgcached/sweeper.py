@@ -8,7 +8,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
-from dgcache_core.memory_store import MemoryStore
+from dgcache_core.store import ResidentStore
 from dgcached.logs import event
 
 _POLL_SECONDS = 0.25
@@ -18,7 +18,7 @@ _LONGEST_NAP_SECONDS = 3600.0
 class Sweeper:
     """One task over one store."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: ResidentStore) -> None:
         self._store = store
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
