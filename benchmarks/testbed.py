@@ -153,8 +153,13 @@ class S3Server:
             for block in self.request("GET", f"/{bucket}/{quote(key)}"):
                 file.write(block)
 
-    def request(self, method: str, path: str) -> Iterator[bytes]:
-        """Yield the body of the answer to one request without a body, block by block.
+    def put(self, bucket: str, key: str, body: bytes) -> None:
+        """Store an object as any program may, without DeltaGlider and its metadata."""
+        for _ in self.request("PUT", f"/{bucket}/{quote(key)}", body):
+            pass
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> Iterator[bytes]:
+        """Yield the body of the answer to one request, block by block.
 
         Raises:
             TestbedError: the server's answer is not a success.
@@ -162,7 +167,7 @@ class S3Server:
         where = urlsplit(self.url)
         connection = http.client.HTTPConnection(where.netloc, timeout=REQUEST_SECONDS)
         try:
-            connection.request(method, path, headers=_SIGNED)
+            connection.request(method, path, body, headers=_SIGNED)
             answer = connection.getresponse()
             if answer.status >= http.HTTPStatus.BAD_REQUEST:
                 raise TestbedError(f"{method} {path}: {answer.status} {answer.read(2000)!r}")

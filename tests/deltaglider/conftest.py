@@ -1,6 +1,7 @@
 """The real DeltaGlider in its own environment, a real S3 server, and archives."""
 
 import hashlib
+import os
 import random
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dgcache import Settings
 ENVIRONMENT = ROOT / ".venv-deltaglider" / "bin"
 REFERENCE = "/reference.bin"
 _ARCHIVE_BYTES = 2_100_000
+_PATIENT_MS = "20000"
+"""How long a client waits for the daemon: other processes may keep the machine busy."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,6 +94,39 @@ def user(s3: S3Server, tmp_path: Path, request: pytest.FixtureRequest, daemon: S
         "HOME": str(tmp_path),
         "TMPDIR": str(tmp_path / "tmp"),
         "DG_CACHE_SOCKET_DIR": str(daemon.socket_dir),
-        "DG_CACHE_CONNECT_TIMEOUT_MS": "10000",
+        "DG_CACHE_CONNECT_TIMEOUT_MS": _PATIENT_MS,
     }
     return User(s3, tmp_path, bucket, environment)
+
+
+def run_suite(
+    suite: str, *selection: str, daemon: Settings | None, cwd: Path, **environment: str
+) -> None:
+    """Run tests of this folder in DeltaGlider's own environment; one that fails is shown.
+
+    Args:
+        suite: a module beside this one, with `-k` and the like in `selection`.
+        daemon: whose cache they use; None is the in-process one.
+        cwd: an empty directory.
+        environment: what else they need to know.
+    """
+    if daemon is not None:
+        environment["DG_CACHE_SOCKET_DIR"] = str(daemon.socket_dir)
+        environment["DG_CACHE_CONNECT_TIMEOUT_MS"] = _PATIENT_MS
+    else:
+        environment["DG_CACHE_BACKEND"] = "memory"
+    path = Path(__file__).with_name(suite)
+    done = subprocess.run(
+        [
+            *(ENVIRONMENT / "python", "-m", "pytest", "-q", "--noconftest", "-W", "error"),
+            *("-p", "no:cacheprovider", "--rootdir", path.parent, "-c", os.devnull),
+            *(path, *selection),
+        ],
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from benchmarks.testbed import S3Server
 
 import dgcache
 from dgcache import Settings
-from tests.deltaglider.conftest import ENVIRONMENT, REFERENCE, User
+from tests.deltaglider.conftest import ENVIRONMENT, REFERENCE, User, run_suite
 
 
 def test_the_reference_is_downloaded_once_or_never(s3: S3Server, user: User) -> None:
@@ -175,35 +175,4 @@ def test_the_cache_port_honours_what_deltaglider_relies_on(
     daemon: Settings, tmp_path: Path, where: str
 ) -> None:
     """The port's own contract, run inside DeltaGlider's environment."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    if where == "dg-cached":
-        environment["DG_CACHE_SOCKET_DIR"] = str(daemon.socket_dir)
-        environment["DG_CACHE_CONNECT_TIMEOUT_MS"] = "10000"
-    else:
-        environment["DG_CACHE_BACKEND"] = "memory"
-    suite = Path(__file__).with_name("port_contract.py")
-    done = subprocess.run(
-        [
-            ENVIRONMENT / "python",
-            "-m",
-            "pytest",
-            "-q",
-            "--noconftest",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            suite.parent,
-            "-c",
-            os.devnull,
-            "-W",
-            "error",
-            suite,
-        ],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_suite("port_contract.py", daemon=daemon if where == "dg-cached" else None, cwd=tmp_path)
