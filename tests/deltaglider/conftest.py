@@ -15,7 +15,6 @@ from dgcache import Settings
 
 ENVIRONMENT = ROOT / ".venv-deltaglider" / "bin"
 REFERENCE = "/reference.bin"
-_ARCHIVE_BYTES = 2_100_000
 _PATIENT_MS = "20000"
 """How long a client waits for the daemon: other processes may keep the machine busy."""
 
@@ -41,6 +40,7 @@ class User:
     home: Path
     bucket: str
     environment: dict[str, str] = field(default_factory=dict)
+    archive_bytes: int = 2_100_000
 
     def run(
         self, *argv: str | Path, status: int = 0, **environment: str
@@ -76,9 +76,10 @@ class User:
         """Return a version of an archive; versions share all but 1 % of their bytes."""
         path = self.home / f"app-{version}.zip"
         if not path.exists():
-            data = bytearray(random.Random(0).randbytes(_ARCHIVE_BYTES))
-            start = version * 100_000
-            data[start : start + 20_000] = random.Random(version).randbytes(20_000)
+            data = bytearray(random.Random(0).randbytes(self.archive_bytes))
+            changed = self.archive_bytes // 100
+            start = 5 * changed * version
+            data[start : start + changed] = random.Random(version).randbytes(changed)
             path.write_bytes(data)
         return path
 

@@ -56,4 +56,5 @@ class Meter:
 
 
 both = pytest.mark.parametrize("on_daemon", [True, False], ids=["dg-cached", "in-process"])
-"""On the daemon, and without it."""
+"""On the daemon, and without it, in one process after another."""
+on_the_daemon = pytest.mark.parametrize("on_daemon", [True], ids=["dg-cached"])
