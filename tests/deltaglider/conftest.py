@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,21 +101,27 @@ def user(s3: S3Server, tmp_path: Path, request: pytest.FixtureRequest, daemon: S
 
 
 def run_suite(
-    suite: str, *selection: str, daemon: Settings | None, cwd: Path, **environment: str
+    suite: str,
+    *selection: str,
+    daemon: Settings | None,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run tests of this folder in DeltaGlider's own environment; one that fails is shown.
 
     Args:
-        suite: a module beside this one, with `-k` and the like in `selection`.
+        suite: a module beside this one; `selection` goes to its pytest.
         daemon: whose cache they use; None is the in-process one.
         cwd: an empty directory.
-        environment: what else they need to know.
+        environment: the whole environment; where None, ours.
     """
+    variables = {"DG_CACHE_BACKEND": "memory"}
     if daemon is not None:
-        environment["DG_CACHE_SOCKET_DIR"] = str(daemon.socket_dir)
-        environment["DG_CACHE_CONNECT_TIMEOUT_MS"] = _PATIENT_MS
-    else:
-        environment["DG_CACHE_BACKEND"] = "memory"
+        variables = {
+            "DG_CACHE_SOCKET_DIR": str(daemon.socket_dir),
+            "DG_CACHE_CONNECT_TIMEOUT_MS": _PATIENT_MS,
+        }
+    ours = os.environ if environment is None else environment
     path = Path(__file__).with_name(suite)
     done = subprocess.run(
         [
@@ -123,7 +129,7 @@ def run_suite(
             *("-p", "no:cacheprovider", "--rootdir", path.parent, "-c", os.devnull),
             *(path, *selection),
         ],
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | environment,
+        env={k: v for k, v in ours.items() if not k.startswith("PYTEST_")} | variables,
         cwd=cwd,
         capture_output=True,
         text=True,
