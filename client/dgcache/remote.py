@@ -8,7 +8,7 @@ import itertools
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -211,10 +211,40 @@ class DaemonBackend:
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         status["store"] = _with_numbers(status["store"])
-        status["hardening"] = _with_numbers(status["hardening"])
-        status["leases"] = _with_numbers(status.get("leases", {}))
+        for part in ("hardening", "leases", "security_events", "monitor"):
+            status[part] = _with_numbers(status.get(part, {}))  # an older daemon has not all
         status["directory"] = str(self._session.directory)
         return status
+
+    def events(self, *, follow: bool) -> Iterator[dict[str, Any]]:
+        """Yield the daemon's security events, oldest first, field names as in the .proto.
+
+        Args:
+            follow: go on, without a deadline, with those that come, until the daemon stops.
+
+        Raises:
+            CacheError: the daemon is gone, or too many follow already.
+        """
+        from google.protobuf.json_format import MessageToDict
+
+        stream = self._stub.Watch(
+            pb.WatchRequest(follow=follow),
+            timeout=None if follow else _SHORT_SECONDS,
+            metadata=self._metadata,
+        )
+        try:
+            for one in stream:
+                yield _with_numbers(
+                    MessageToDict(
+                        one,
+                        preserving_proto_field_name=True,
+                        always_print_fields_with_no_presence=True,
+                    )
+                )
+        except grpc.RpcError as error:
+            _raise_for(error)
+        finally:
+            stream.cancel()
 
     def sweep(self) -> None:
         """See `Backend`; the daemon sees by itself who holds what."""

@@ -43,6 +43,10 @@ class Limits:
     faster loses its connection."""
     decryptions_at_once: int = 2
     """Lookups that decrypt at the same time."""
+    security_events_kept: int = 256
+    """Security events for those who ask later, and before a slow follower loses one."""
+    followers: int = 8
+    """Watch calls that follow at once."""
     drain_seconds: float = 10.0
     """What calls in progress get to finish after SIGTERM."""
     flush_seconds: float = 1.0

@@ -28,7 +28,7 @@ _PRIORITIES = {
 _PLAIN = re.compile(r"[\w./:+-]+")
 
 
-def event(level: int, name: str, **fields: Any) -> None:
+def event(level: int, name: str, /, **fields: Any) -> None:
     """Log one event."""
     if logger.isEnabledFor(level):
         logger.log(level, " ".join([name, *(f"{k}={_quoted(v)}" for k, v in fields.items())]))

@@ -1,10 +1,11 @@
-"""The store's own words as messages: entries in pages, figures for Status."""
+"""The daemon's own words as messages: entries in pages, figures for Status, events."""
 
 from bisect import bisect_right
 
 from dgcache_core.references import Sha256
 from dgcache_core.store import EntryInfo, StoreStatus
 from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcached.security_events import SecurityEvent
 
 _LARGEST_PAGE = 1000
 _LISTED_DELTASPACES = 100
@@ -72,4 +73,16 @@ def store_status_message(status: StoreStatus) -> pb.StoreStatus:
         expirations=counters.expirations,
         corruptions=counters.corruptions,
         misses={str(reason): count for reason, count in counters.misses.items() if count},
+    )
+
+
+def event_message(event: SecurityEvent, dropped: int) -> pb.Event:
+    """Return one security event as a message."""
+    return pb.Event(
+        sequence=event.sequence,
+        time_seconds=event.time_seconds,
+        kind=event.kind,
+        severity=event.severity,
+        fields=event.fields,
+        dropped=dropped,
     )

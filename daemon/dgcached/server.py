@@ -33,6 +33,7 @@ from dgcached.listener import Listener
 from dgcached.logs import event
 from dgcached.pages import store_status_message
 from dgcached.registry import Registry
+from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
 from dgcached.sessions import SessionListener
 from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
@@ -90,9 +91,13 @@ class Daemon:
         self._registry = Registry()
         self._sweeper = Sweeper(self._store)
         self._flights = Flights(limits.lease_seconds)
+        self._security = SecurityEvents(
+            kept=limits.security_events_kept, followers=limits.followers
+        )
         self._service = CacheService(
             self._store,
             limits,
+            self._security,
             on_change=self._sweeper.wake,
             flights=self._flights,
             describe=self._describe,
@@ -133,6 +138,7 @@ class Daemon:
         listener.stop_accepting()
         self._listeners.withdraw()
         self._flights.close()
+        self._security.close()
         await health.enter_graceful_shutdown()
         await server.stop(self._limits.drain_seconds)
         sessions.close()
@@ -207,6 +213,7 @@ class Daemon:
             settings=self._effective_settings(),
             log=_as_text(self._log),
             leases=self._flights.describe(),
+            security_events=self._security.counts,
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

@@ -8,7 +8,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -34,7 +34,8 @@ from dgcached.admission import current_caller
 from dgcached.deposits import Deposit
 from dgcached.flights import Flights
 from dgcached.limits import Limits
-from dgcached.pages import page_of_entries
+from dgcached.pages import event_message, page_of_entries
+from dgcached.security_events import SecurityEvents
 from dgcached.sessions import Session
 from dgcached.statuses import report_corruption
 
@@ -52,6 +53,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self,
         store: ResidentStore,
         limits: Limits,
+        security: SecurityEvents,
         *,
         on_change: Callable[[], None],
         flights: Flights,
@@ -62,12 +64,14 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         Args:
             store: where references live.
             limits: the bounds.
+            security: what Watch streams.
             on_change: called after the store handed something out or took something in.
             flights: who fetches what.
             describe: makes the answer to Status.
         """
         self._store = store
         self._limits = limits
+        self._security = security
         self._on_change = on_change
         self._flights = flights
         self._describe = describe
@@ -307,6 +311,14 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     ) -> pb.StatusResponse:
         """See the .proto."""
         return self._describe()
+
+    async def Watch(
+        self, request: pb.WatchRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.Event]:
+        """See the .proto."""
+        async with aclosing(self._security.stream(follow=request.follow)) as stream:
+            async for one, dropped in stream:
+                yield event_message(one, dropped)
 
 
 def _deltaspace(message: pb.Deltaspace) -> Deltaspace:

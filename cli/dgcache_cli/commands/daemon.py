@@ -173,7 +173,25 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{'dumpable' if hardening['dumpable'] else 'not dumpable'}, "
             f"core limit {hardening['core_limit_bytes']} B, umask {hardening['umask']:04o}",
         ),
+        ("watched by", _monitor(status["monitor"])),
+        ("security", _security(status["security_events"])),
     ]
+
+
+def _monitor(monitor: dict[str, Any]) -> str:
+    if not monitor:
+        return "nothing: an older dg-cached runs, see dg-cache restart"
+    watched = f"{monitor['mechanism']}, {monitor['watched_directories']} directories"
+    rescans = f", {monitor['rescans']} rescans" if monitor["rescans"] else ""
+    reason = f"; {monitor['disabled_reason']}" if monitor["disabled_reason"] else ""
+    return watched + rescans + reason
+
+
+def _security(counts: dict[str, int]) -> str:
+    if not counts:
+        return "no events"
+    by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return f"{by_kind}: see dg-cache events"
 
 
 def _logs(arguments: argparse.Namespace) -> int:

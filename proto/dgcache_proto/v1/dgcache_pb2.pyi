@@ -842,6 +842,26 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 class StatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SecurityEventsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BUILD_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
@@ -854,6 +874,8 @@ class StatusResponse(_message.Message):
     HARDENING_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    SECURITY_EVENTS_FIELD_NUMBER: _builtins.int
+    MONITOR_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     build: _builtins.str
     protocol: _builtins.int
@@ -873,6 +895,12 @@ class StatusResponse(_message.Message):
     @_builtins.property
     def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveSetting]: ...
     @_builtins.property
+    def security_events(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by kind, since it started"""
+
+    @_builtins.property
+    def monitor(self) -> Global___Monitor: ...
+    @_builtins.property
     def leases(self) -> Global___LeaseStatus: ...
     def __init__(
         self,
@@ -889,11 +917,13 @@ class StatusResponse(_message.Message):
         hardening: Global___Hardening | None = ...,
         settings: _abc.Iterable[Global___EffectiveSetting] | None = ...,
         log: _builtins.str = ...,
+        security_events: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        monitor: Global___Monitor | None = ...,
         leases: Global___LeaseStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "pid", b"pid", "protocol", b"protocol", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1075,6 +1105,39 @@ class Hardening(_message.Message):
 Global___Hardening: _TypeAlias = Hardening  # noqa: Y015
 
 @_typing.final
+class Monitor(_message.Message):
+    """Who watches the files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MECHANISM_FIELD_NUMBER: _builtins.int
+    WATCHED_DIRECTORIES_FIELD_NUMBER: _builtins.int
+    RESCANS_FIELD_NUMBER: _builtins.int
+    DISABLED_REASON_FIELD_NUMBER: _builtins.int
+    mechanism: _builtins.str
+    """fanotify, inotify, or none: then only the periodic audit"""
+    watched_directories: _builtins.int
+    rescans: _builtins.int
+    """audits of everything because events were lost"""
+    disabled_reason: _builtins.str
+    """why there is no mechanism, or not for all; empty where there is"""
+    def __init__(
+        self,
+        *,
+        mechanism: _builtins.str = ...,
+        watched_directories: _builtins.int = ...,
+        rescans: _builtins.int = ...,
+        disabled_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disabled_reason", b"disabled_reason", "mechanism", b"mechanism", "rescans", b"rescans", "watched_directories", b"watched_directories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Monitor: _TypeAlias = Monitor  # noqa: Y015
+
+@_typing.final
 class EffectiveSetting(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1100,3 +1163,86 @@ class EffectiveSetting(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EffectiveSetting: _TypeAlias = EffectiveSetting  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    follow: _builtins.bool
+    """go on with new events"""
+    def __init__(
+        self,
+        *,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class Event(_message.Message):
+    """A security event: somebody did to the cache what only the cache does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_SECONDS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """from 1, without gaps, since the daemon started"""
+    time_seconds: _builtins.float
+    """of the wall clock, since the epoch"""
+    kind: _builtins.str
+    severity: _builtins.str
+    """critical"""
+    dropped: _builtins.int
+    """events before this one, behind the last one sent, that this call did not get"""
+    @_builtins.property
+    def fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """never a key, a session id, content, or a full digest"""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        time_seconds: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        severity: _builtins.str = ...,
+        fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        dropped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "fields", b"fields", "kind", b"kind", "sequence", b"sequence", "severity", b"severity", "time_seconds", b"time_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015

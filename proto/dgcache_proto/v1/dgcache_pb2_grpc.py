@@ -94,6 +94,11 @@ class ReferenceCacheStub(object):
                 request_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.StatusRequest.SerializeToString,
                 response_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/dgcache.v1.ReferenceCache/Watch',
+                request_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.WatchRequest.SerializeToString,
+                response_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.Event.FromString,
+                _registered_method=True)
 
 
 class ReferenceCacheServicer(object):
@@ -201,6 +206,16 @@ class ReferenceCacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Streams the security events that are kept, oldest first, and with `follow` those that come,
+        until the client cancels or the daemon stops, which ends the stream with OK. Any admitted
+        connection.
+        RESOURCE_EXHAUSTED: too many follow already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReferenceCacheServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +278,11 @@ def add_ReferenceCacheServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.StatusRequest.FromString,
                     response_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.StatusResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=dgcache__proto_dot_v1_dot_dgcache__pb2.WatchRequest.FromString,
+                    response_serializer=dgcache__proto_dot_v1_dot_dgcache__pb2.Event.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -589,6 +609,33 @@ class ReferenceCache(object):
             '/dgcache.v1.ReferenceCache/Status',
             dgcache__proto_dot_v1_dot_dgcache__pb2.StatusRequest.SerializeToString,
             dgcache__proto_dot_v1_dot_dgcache__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dgcache.v1.ReferenceCache/Watch',
+            dgcache__proto_dot_v1_dot_dgcache__pb2.WatchRequest.SerializeToString,
+            dgcache__proto_dot_v1_dot_dgcache__pb2.Event.FromString,
             options,
             channel_credentials,
             insecure,

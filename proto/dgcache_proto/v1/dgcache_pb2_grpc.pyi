@@ -102,6 +102,12 @@ class ReferenceCacheStub:
     """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]
     """Tells how the daemon is and what it did. Any admitted connection."""
+    Watch: _grpc.UnaryStreamMultiCallable[_dgcache_pb2.WatchRequest, _dgcache_pb2.Event]
+    """Streams the security events that are kept, oldest first, and with `follow` those that come,
+    until the client cancels or the daemon stops, which ends the stream with OK. Any admitted
+    connection.
+    RESOURCE_EXHAUSTED: too many follow already.
+    """
 
 @_typing.type_check_only
 class ReferenceCacheAsyncStub(ReferenceCacheStub):
@@ -155,6 +161,12 @@ class ReferenceCacheAsyncStub(ReferenceCacheStub):
     """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]  # type: ignore[assignment]
     """Tells how the daemon is and what it did. Any admitted connection."""
+    Watch: _aio.UnaryStreamMultiCallable[_dgcache_pb2.WatchRequest, _dgcache_pb2.Event]  # type: ignore[assignment]
+    """Streams the security events that are kept, oldest first, and with `follow` those that come,
+    until the client cancels or the daemon stops, which ends the stream with OK. Any admitted
+    connection.
+    RESOURCE_EXHAUSTED: too many follow already.
+    """
 
 class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -277,5 +289,17 @@ class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dgcache_pb2.StatusResponse, _abc.Awaitable[_dgcache_pb2.StatusResponse]]:
         """Tells how the daemon is and what it did. Any admitted connection."""
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _dgcache_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_dgcache_pb2.Event], _abc.AsyncIterator[_dgcache_pb2.Event]]:
+        """Streams the security events that are kept, oldest first, and with `follow` those that come,
+        until the client cancels or the daemon stops, which ends the stream with OK. Any admitted
+        connection.
+        RESOURCE_EXHAUSTED: too many follow already.
+        """
 
 def add_ReferenceCacheServicer_to_server(servicer: ReferenceCacheServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
