@@ -1,5 +1,6 @@
 """Every bound of the daemon, in one place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -47,6 +48,16 @@ class Limits:
     """Security events for those who ask later, and before a slow follower loses one."""
     followers: int = 8
     """Watch calls that follow at once."""
+    watch_mechanisms: Sequence[str] = ("fanotify", "inotify")
+    """How the monitor watches, best first."""
+    watched_directories: int = 16_384
+    """Directories the monitor watches; each pins an inode in the kernel."""
+    waiting_audits: int = 4096
+    """Names with events that were not looked at yet; more, and everything is looked at."""
+    audit_seconds: float = 60.0
+    """From one audit of everything to the next."""
+    rebinds_per_minute: int = 16
+    """Sockets that somebody took away and the daemon made again, before it gives up."""
     drain_seconds: float = 10.0
     """What calls in progress get to finish after SIGTERM."""
     flush_seconds: float = 1.0

@@ -42,6 +42,12 @@ class Listener:
             lambda: _Outer(self), sock=self._listening, backlog=self._limits.backlog
         )
 
+    async def listen_on(self, listening: socket.socket) -> None:
+        """Accept there from now on, and not where it was; connections go on."""
+        self.stop_accepting()
+        self._listening = listening
+        await self.start()
+
     def stop_accepting(self) -> None:
         """Let nobody else in; what is connected goes on."""
         if self._server is not None:

@@ -30,8 +30,9 @@ examples:
   dg-cache status                    what it does now
 
 exit status:
-  0 stopped by SIGTERM or SIGINT; 2 usage; 75 another dg-cached already serves there;
-  77 a directory or socket failed its check; 78 a setting does not parse
+  0 stopped by SIGTERM or SIGINT; 2 usage; 72 its directory, lock or inner socket was
+  taken away; 75 another dg-cached already serves there; 77 a directory or socket failed
+  its check; 78 a setting does not parse
 """
 
 
@@ -80,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(notifier, EX_REFUSED, str(error))
     raise_descriptor_limit()
     supervisor = "systemd" if supervised_by_systemd() else "none"
-    asyncio.run(_serve(resolved, budget, listeners, notifier, limits, supervisor, log))
-    return 0
+    return asyncio.run(_serve(resolved, budget, listeners, notifier, limits, supervisor, log))
 
 
 async def _serve(
@@ -92,11 +92,11 @@ async def _serve(
     limits: Limits,
     supervisor: str,
     log: str,
-) -> None:
+) -> int:
     from dgcached.server import Daemon
 
     daemon = Daemon(resolved, budget, listeners, notifier, limits, supervisor=supervisor, log=log)
-    await daemon.run()
+    return await daemon.run()
 
 
 def _fail(notifier: Notifier, status: int, message: str) -> int:

@@ -31,8 +31,10 @@ from dgcached.host_memory import Budget
 from dgcached.limits import Limits
 from dgcached.listener import Listener
 from dgcached.logs import event
+from dgcached.monitor import Monitor
 from dgcached.pages import store_status_message
 from dgcached.registry import Registry
+from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
 from dgcached.sessions import SessionListener
@@ -42,6 +44,8 @@ from dgcached.sweeper import Sweeper
 
 PROTOCOL = 1
 OLDEST_PROTOCOL = 1
+EX_TAKEN_AWAY = 72
+"""Exit status, "critical OS file missing" (sysexits.h); systemd starts the daemon again."""
 
 
 def open_listeners(
@@ -87,6 +91,7 @@ class Daemon:
         self._log = log
         self._started = time.monotonic()
         self._stop = asyncio.Event()
+        self._status = 0
         self._store = MemoryStore(budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False)
         self._registry = Registry()
         self._sweeper = Sweeper(self._store)
@@ -94,6 +99,8 @@ class Daemon:
         self._security = SecurityEvents(
             kept=limits.security_events_kept, followers=limits.followers
         )
+        self._guard = RuntimeGuard(listeners, self._security, limits, give_up=self._give_up)
+        self._monitor = Monitor([self._guard], self._security, limits, on_finding=self._guard.mend)
         self._service = CacheService(
             self._store,
             limits,
@@ -103,8 +110,12 @@ class Daemon:
             describe=self._describe,
         )
 
-    async def run(self) -> None:
-        """Serve until a signal says stop."""
+    async def run(self) -> int:
+        """Serve until a signal says stop, or somebody takes away what cannot be made again.
+
+        Returns:
+            The exit status.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -122,6 +133,8 @@ class Daemon:
         await listener.start()
         sessions.start()
         self._sweeper.start()
+        await self._guard.start(sessions.listen_on, listener.listen_on)
+        self._monitor.start()
         event(
             logging.INFO,
             "started",
@@ -134,6 +147,7 @@ class Daemon:
         await self._stop.wait()
         self._notifier.notify(STOPPING="1", STATUS="Finishing calls in progress")
         event(logging.INFO, "stopping")
+        await self._monitor.stop()
         sessions.stop_accepting()
         listener.stop_accepting()
         self._listeners.withdraw()
@@ -149,6 +163,15 @@ class Daemon:
         self._listeners.remove_inner()
         self._listeners.close()
         event(logging.INFO, "stopped", uptime_seconds=round(time.monotonic() - self._started))
+        return self._status
+
+    def _give_up(self, reason: str) -> None:
+        """End in good order: whoever starts the daemon the next time gets everything anew."""
+        if self._stop.is_set():
+            return
+        event(logging.ERROR, "giving-up", reason=reason)
+        self._status = EX_TAKEN_AWAY
+        self._stop.set()
 
     async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
         """Start the gRPC server behind the listener."""
@@ -214,6 +237,7 @@ class Daemon:
             log=_as_text(self._log),
             leases=self._flights.describe(),
             security_events=self._security.counts,
+            monitor=pb.Monitor(**asdict(self._monitor.status)),
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

@@ -88,6 +88,12 @@ class SessionListener:
         """Begin to accept."""
         self._loop.add_reader(self._listening, self._accept)
 
+    def listen_on(self, listening: socket.socket) -> None:
+        """Accept there from now on, and not where it was; sessions go on."""
+        self.stop_accepting()
+        self._listening = listening
+        self.start()
+
     def stop_accepting(self) -> None:
         """Let nobody else in."""
         if self._resume is not None:

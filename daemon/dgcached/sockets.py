@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgcache_core.directories import open_private_directory
@@ -38,7 +38,8 @@ class Listeners:
     lock_fd: int
     session: socket.socket
     rpc: socket.socket
-    made_here: bool
+    backlog: int
+    made_here: set[str] = field(default_factory=set)
 
     def make_inner_directory(self) -> None:
         """Make the place of the inner server's socket.
@@ -52,9 +53,50 @@ class Listeners:
 
     def withdraw(self) -> None:
         """Take the names away first, so that nobody comes any more; systemd's stay with it."""
-        for name in (SESSION_SOCKET, RPC_SOCKET) if self.made_here else ():
+        for name in self.made_here:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.directory_fd)
+
+    def bind_again(self, name: str) -> socket.socket:
+        """Make one of the sockets anew in place of whatever has its name, and listen on it.
+
+        The lock makes the name ours. Where the socket was systemd's, its unit goes on listening on
+        what nobody finds any more; clients are served here until that unit is started again.
+
+        Returns:
+            The old socket, which the caller closes once nothing accepts on it any more.
+
+        Raises:
+            OSError: it cannot be made; the directory is gone, for example.
+        """
+        is_session = name == SESSION_SOCKET
+        kind = socket.SOCK_SEQPACKET if is_session else socket.SOCK_STREAM
+        made = _bind(self.directory_fd, name, kind, self.backlog)
+        self.made_here.add(name)
+        old = self.session if is_session else self.rpc
+        if is_session:
+            self.session = made
+        else:
+            self.rpc = made
+        return old
+
+    def lock_again(self) -> None:
+        """Take the lock of the file that has its name now.
+
+        Raises:
+            AlreadyServing: somebody else was faster.
+            OSError: it cannot be opened.
+        """
+        lock_fd = _take_lock(self.directory, self.directory_fd)
+        os.close(self.lock_fd)
+        self.lock_fd = lock_fd
+
+    def is_in_place(self) -> bool:
+        """Tell whether clients still find this directory under its path."""
+        try:
+            return os.path.samestat(os.lstat(self.directory), os.fstat(self.directory_fd))
+        except OSError:
+            return False
 
     def remove_inner(self) -> None:
         """Take away what is inside, once the inner server has stopped."""
@@ -84,10 +126,11 @@ def make_listeners(directory: Path, directory_fd: int, backlog: int) -> Listener
     if _somebody_listens(directory_fd):
         os.close(directory_fd)
         raise AlreadyServing(f"a dg-cached or its systemd socket already serves in {directory}")
-    lock_fd = _take_lock(directory, directory_fd)
+    lock_fd = _take_lock_or_close(directory, directory_fd)
     rpc = _bind(directory_fd, RPC_SOCKET, socket.SOCK_STREAM, backlog)
     session = _bind(directory_fd, SESSION_SOCKET, socket.SOCK_SEQPACKET, backlog)
-    return Listeners(directory, directory_fd, lock_fd, session, rpc, made_here=True)
+    made_here = {RPC_SOCKET, SESSION_SOCKET}
+    return Listeners(directory, directory_fd, lock_fd, session, rpc, backlog, made_here)
 
 
 def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners:
@@ -107,8 +150,13 @@ def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners
             "run dg-cache install --units-only again"
         )
     directory = Path(by_type[socket.SOCK_SEQPACKET].getsockname()).parent
-    directory_fd = open_private_directory(directory)
-    lock_fd = _take_lock(directory, directory_fd)
+    try:
+        directory_fd = open_private_directory(directory)
+    except FileNotFoundError as error:
+        raise CacheRefusedError(
+            f"{directory} is gone: run systemctl --user restart dg-cached.socket"
+        ) from error
+    lock_fd = _take_lock_or_close(directory, directory_fd)
     for listener in handed_over:
         listener.listen(backlog)
         listener.setblocking(False)
@@ -119,7 +167,7 @@ def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners
         lock_fd,
         by_type[socket.SOCK_SEQPACKET],
         by_type[socket.SOCK_STREAM],
-        made_here=False,
+        backlog,
     )
 
 
@@ -136,6 +184,14 @@ def _somebody_listens(directory_fd: int) -> bool:
     return True
 
 
+def _take_lock_or_close(directory: Path, directory_fd: int) -> int:
+    try:
+        return _take_lock(directory, directory_fd)
+    except AlreadyServing:
+        os.close(directory_fd)
+        raise
+
+
 def _take_lock(directory: Path, directory_fd: int) -> int:
     lock_fd = os.open(
         DAEMON_LOCK,
@@ -147,7 +203,6 @@ def _take_lock(directory: Path, directory_fd: int) -> int:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock_fd)
-        os.close(directory_fd)
         raise AlreadyServing(f"a dg-cached already serves in {directory}") from None
     return lock_fd
 
