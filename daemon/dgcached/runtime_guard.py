@@ -1,14 +1,16 @@
 """Guards the runtime directory: what somebody else does there is seen, and undone where possible.
 
-The lock makes the two sockets' names ours, so a socket that was removed, replaced or opened to
-others is made again in its place, at once: clients find it, and what is connected goes on. This
+The lock makes the two sockets' names ours, so a socket that was removed, replaced or linked from
+elsewhere is made again in its place, at once: clients find it, and what is connected goes on. This
 holds for systemd's sockets, too. To exit instead would help nobody, since the unit does not notice
 that its socket's file is gone and would go on listening where nobody can connect; until somebody
 starts the socket unit again, clients are served on a socket of ours.
 
-A lock file that was taken away is taken again. What cannot be made again ends the daemon in good
-order, so that the next one begins anew: the directory's own path, the directory and socket of the
-inner server. Who goes on taking sockets away ends it, too. Files of other names concern nobody.
+Modes are put back, except the directory's own: clients refuse it and name the command, since who
+opened it may have put anything into it. A lock file that was taken away is taken again. What cannot
+be made again ends the daemon in good order, so that the next one begins anew: the directory's path,
+the directory and socket of the inner server. Who goes on taking sockets away ends it, too. Files of
+other names concern nobody.
 """
 
 import os
@@ -27,9 +29,13 @@ from dgcached.sockets import INNER_DIRECTORY, INNER_SOCKET, AlreadyServing, List
 from dgcached.watchers import ITSELF, Directory
 
 _MINUTE_SECONDS = 60.0
-_MODES = {INNER_DIRECTORY: 0o700, INNER_SOCKET: 0o600, DAEMON_LOCK: 0o600}
 _SOCKETS = (SESSION_SOCKET, RPC_SOCKET)
-_FOR_GOOD = (ChangeKind.DELETED, ChangeKind.REPLACED)
+_MODES = {
+    **dict.fromkeys((*_SOCKETS, INNER_SOCKET, DAEMON_LOCK), 0o600),
+    INNER_DIRECTORY: 0o700,
+}
+_GUARDED = (ITSELF, *_MODES)
+_GONE = (ChangeKind.DELETED, ChangeKind.REPLACED)
 
 
 class RuntimeGuard:
@@ -63,7 +69,7 @@ class RuntimeGuard:
         """Take what is there for ours; a socket whose file is missing already is made again."""
         self._session_listen_on = session_listen_on
         self._rpc_listen_on = rpc_listen_on
-        for name in (ITSELF, *_SOCKETS, *_MODES):
+        for name in _GUARDED:
             self._ledger.record(self._fd, name)
         for name in set(_SOCKETS) - set(self._ledger.names()):
             self._security.report("deleted", place=self.place, name=name)
@@ -78,11 +84,11 @@ class RuntimeGuard:
     def audit(self, directory: Directory, name: str) -> Finding | None:
         """See `Audited`."""
         path = os.path.normpath(f"{directory.name}/{name}")
-        return self._audit(path) if path in (ITSELF, *_SOCKETS, *_MODES) else None
+        return self._audit(path) if path in _GUARDED else None
 
     def audit_all(self) -> list[Finding]:
         """See `Audited`."""
-        findings = map(self._audit, (ITSELF, *_SOCKETS, *_MODES))
+        findings = map(self._audit, _GUARDED)
         return [finding for finding in findings if finding is not None]
 
     def _audit(self, name: str) -> Finding | None:
@@ -101,14 +107,14 @@ class RuntimeGuard:
         """Undo what was done, or give up; runs in the event loop."""
         if not self._listeners.is_in_place():
             self._give_up(f"{self._listeners.directory} was taken away")
-        elif finding.name in _SOCKETS:
-            await self._bind_again(finding.name)
-        elif finding.kind in _FOR_GOOD and finding.name == DAEMON_LOCK:
-            self._lock_again()
-        elif finding.kind in _FOR_GOOD and finding.name in _MODES:
-            self._give_up(f"{finding.name} was taken away")
         elif finding.kind is ChangeKind.CHMOD and finding.name in _MODES:
             self._put_the_mode_back(finding.name)
+        elif finding.kind in (*_GONE, ChangeKind.LINKED) and finding.name in _SOCKETS:
+            await self._bind_again(finding.name)  # nobody listens behind the link then
+        elif finding.kind in _GONE and finding.name == DAEMON_LOCK:
+            self._lock_again()
+        elif finding.kind in _GONE and finding.name in _MODES:
+            self._give_up(f"{finding.name} was taken away")
 
     async def _bind_again(self, name: str) -> None:
         now = time.monotonic()

@@ -37,8 +37,8 @@ except OSError as error:
 
 @pytest.fixture(scope="module")
 def owned() -> Iterator[Daemon]:
-    """The daemon of an ordinary user."""
-    with running(uid=OWNER_UID) as daemon:
+    """The daemon of an ordinary user, without the monitor, which would put modes back."""
+    with running(uid=OWNER_UID, limits={"watch_mechanisms": (), "audit_seconds": 3600}) as daemon:
         yield daemon
 
 

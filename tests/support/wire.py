@@ -44,7 +44,7 @@ _FIRST_PACKET = 4096
 _DRIVER = """\
 import json, os, sys
 from functools import partial
-import dgcached.main, dgcached.server, dgcached.logs
+import asyncinotify, dgcached.main, dgcached.server, dgcached.logs
 wish = json.loads(sys.argv[1])
 dgcached.main.Limits = partial(dgcached.main.Limits, **wish["limits"])
 dgcached.server.MemoryStore = partial(dgcached.server.MemoryStore, **wish["store"])
@@ -113,7 +113,7 @@ class Daemon:
 def running(
     directory: Path | None = None,
     *,
-    limits: Mapping[str, float] | None = None,
+    limits: Mapping[str, Any] | None = None,
     store: Mapping[str, int] | None = None,
     log_bytes: int = 0,
     options: tuple[str, ...] = ("--memory-size-mb", "64"),
