@@ -51,7 +51,14 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    from dgcache_cli.commands import daemon, deltaglider, events, references, setup
+    from dgcache_cli.commands import (
+        cleanup,
+        daemon,
+        deltaglider,
+        events,
+        references,
+        setup,
+    )
 
     parser = argparse.ArgumentParser(
         prog="dg-cache",
@@ -63,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (daemon, events, references, setup, deltaglider):
+    for group in (daemon, events, references, setup, cleanup, deltaglider):
         group.add_commands(commands)
     return parser
 
