@@ -170,17 +170,18 @@ class Search:
         emptied = (directory, _SHARED) if status.st_uid == os.geteuid() else None
         for name in _SHARED_NAMES:
             try:
-                os.stat(name, dir_fd=node, follow_symlinks=False)
+                found = os.stat(name, dir_fd=node, follow_symlinks=False)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 self.problems.append(f"cannot look into {path}: {error.strerror}")
                 return
+            self._seen.add(identity(found))
             self._add(Kind.SHARED, path / name, node, (name,), empties=emptied)
 
     def _look_for_processes(self, directory: int) -> None:
         path = path_of(directory)
-        for name in self._names(directory):
+        for name in sorted(self._names(directory)):
             if not name.startswith(_PROCESS_PREFIX):
                 continue
             with suppress(FileNotFoundError):

@@ -40,6 +40,8 @@ def _paths_of(process: Path) -> Iterator[str]:
     for name in ("cwd", "root", "exe"):
         with suppress(OSError):
             yield str((process / name).readlink())
+    if process.name == str(os.getpid()):  # what we have open ourselves is for the walk
+        return
     with suppress(OSError), os.scandir(process / "fd") as descriptors:
         for descriptor in descriptors:
             with suppress(OSError):

@@ -129,17 +129,23 @@ def name_of(uid: int) -> str:
 def _wrongs(cache: Cache, status: os.stat_result, found: Survey, *, is_kept: bool) -> Iterator[str]:
     """Say what is wrong with it, the worst first."""
     is_own = status.st_uid == os.geteuid()
-    exposed = f", {found.exposed} of them plaintext references" if found.exposed else ""
     origin = {
         Kind.SHARED: "shared under a name that anybody on this host can take first",
         Kind.PROCESS: "" if is_kept else "left by a process that ended without removing it",
         Kind.ACCOUNT: "older than format v2: neither DeltaGlider 6 nor dg-cached reads it",
     }
     said = [
-        (found.readable, f"{_counted('file', found.readable)} that others can read{exposed}"),
         (
-            found.plaintext and not found.readable,
-            f"{_counted('reference', found.plaintext)} in plaintext",
+            found.exposed,
+            f"{_counted('reference', found.exposed)} in plaintext that others can read",
+        ),
+        (
+            found.plaintext - found.exposed,
+            f"{_counted('reference', found.plaintext - found.exposed)} in plaintext",
+        ),
+        (
+            found.readable - found.exposed,
+            f"{_counted('other file', found.readable - found.exposed)} that others can read",
         ),
         (found.writable, f"{_counted('entry', found.writable)} that others can write to"),
         (not is_own, f"it belongs to {name_of(status.st_uid)}"),
@@ -192,7 +198,7 @@ def _reason_to_keep(
         ),
         (
             is_process and age < LIVE_SECONDS,
-            "changed in the last 24 h, so a live process may own it: try again tomorrow",
+            "it changed in the last 24 h: a live process may own it",
         ),
         (
             is_process and found.unreadable,

@@ -3,8 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
-import textwrap
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -46,8 +44,6 @@ exit status:
   0 done, or nothing to do; also where standard input is no terminal and --yes
   is missing: then nothing changes. 77 something of yours could not be removed
 """
-
-_COLUMNS = 80
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -93,9 +89,9 @@ _Judged = list[tuple[Cache, Judgement]]
 
 
 def _places(settings: Settings) -> legacy.Places:
-    temporary = [legacy.SYSTEM_TEMPORARY]
-    with suppress(FileNotFoundError):  # there is no directory to write to
-        temporary.append(Path(tempfile.gettempdir()))
+    # what tempfile.gettempdir() goes by; it would write a file to find out whether it can
+    named = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
+    temporary = [legacy.SYSTEM_TEMPORARY, *(Path(name) for name in named if name)]
     account = None
     with suppress(RuntimeError):  # there is no home
         account = Path("~/.cache/deltaglider").expanduser()
@@ -171,17 +167,7 @@ def _say(cache: Cache, removal: Removal) -> None:
 
 
 def _print_item(text: str) -> None:
-    # a word is not broken: a command may be copied
-    print(
-        textwrap.fill(
-            shown(text),
-            _COLUMNS,
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
+    print(f"  {shown(text)}")  # not folded: there may be a command in it to be copied
 
 
 def _named(cache: Cache) -> str:
