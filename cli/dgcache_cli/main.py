@@ -52,6 +52,7 @@ def _guarded(command: Callable[[], int]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     from dgcache_cli.commands import (
+        bench,
         cleanup,
         daemon,
         deltaglider,
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (daemon, events, references, setup, cleanup, deltaglider):
+    for group in (daemon, events, references, setup, bench, cleanup, deltaglider):
         group.add_commands(commands)
     return parser
 

@@ -11,7 +11,15 @@ from typing import Any
 
 from dgcache.report import megabytes as human_size
 
-__all__ = ["human_seconds", "human_size", "print_fields", "print_json", "print_table", "progress"]
+__all__ = [
+    "counted",
+    "human_seconds",
+    "human_size",
+    "print_fields",
+    "print_json",
+    "print_table",
+    "progress",
+]
 
 _BAR_FROM_BYTES = 16 << 20
 
@@ -86,3 +94,21 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     ) as bars:
         task = bars.add_task(what, total=total)
         yield lambda count: bars.advance(task, count)
+
+
+@contextmanager
+def counted(total: int) -> Iterator[Callable[[str], None]]:
+    """Draw a bar of steps on standard error while the block runs, if that is a terminal.
+
+    What it yields is told what comes next, once a step.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda what: bars.update(task, advance=1, description=what)
