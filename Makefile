@@ -21,7 +21,7 @@ DELTAGLIDER := .venv-deltaglider/ready-$(IDENTITY)
 
 help:
 	@echo "make demo [SIZE=100]   DeltaGlider with and without dg-cached, on five archives of SIZE MB"
-	@echo "make bench [QUICK=1]   measure everything that docs/performance.md says, and write it"
+	@echo "make bench [QUICK=1]   measure what docs/performance.md and implementations.md say"
 	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
 	@echo "make lint              ruff and mypy"
 	@echo "make proto             generate the stubs from proto/"

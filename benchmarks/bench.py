@@ -1,9 +1,11 @@
-"""Measures everything docs/performance.md says, and writes it.
+"""Measures everything docs/performance.md and docs/implementations.md say, and writes them.
 
 `make bench` runs it; `python -m benchmarks.bench --quick` takes three rounds instead of seven. The
 store, the daemon, its memory and its absence are measured by programs of their own, in the
 project's environment and once more in DeltaGlider's, which has an older cryptography. Everything is
 in one private directory below `.demo/` in the clone and removed at the end, also after Ctrl-C.
+The comparison of implementations is `dg-cache bench`, whose directory is in /tmp, where
+DeltaGlider's caches are.
 
 Exit status: 0, also where a target is missed: the figures tell by how much; 1 if something did not
 work; 2 usage; 130, 143 after SIGINT, SIGTERM.
@@ -35,6 +37,7 @@ EXIT_FAILED = 1
 ROUNDS = 7
 QUICK_ROUNDS = 3
 _CHILD_SECONDS = 300.0
+_IMPLEMENTATIONS_SECONDS = 900.0
 _BUDGET_MB = 2560
 _NEEDED_BYTES = 3 << 30
 _DOWNLOADED_MB = (100, 10, 1)
@@ -73,7 +76,9 @@ class Site:
             )
             yield pid, environment
 
-    def run(self, environment: Mapping[str, str], *command: str) -> str:
+    def run(
+        self, environment: Mapping[str, str], *command: str, seconds: float = _CHILD_SECONDS
+    ) -> str:
         """Run one measuring program and return the last line it printed."""
         log = self.place / "output"
         run(
@@ -81,7 +86,7 @@ class Site:
             environment=environment,
             directory=ROOT,
             log=log,
-            seconds=_CHILD_SECONDS,
+            seconds=seconds,
             interruption=self.interruption,
         )
         return last_words(log).rpartition("\n")[2]
@@ -118,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.output.write_text(document(chapters, rounds, command))
     console.print(table(chapters))
     console.print(f"{summary(chapters)} Every figure: {arguments.output.name}")
+    console.print(f"Other implementations: {_implementations_document(arguments).name}")
     return 0
 
 
@@ -129,7 +135,7 @@ def _measure(
         if not program.exists():
             raise TestbedError(f"{program} is missing: run make environments")
     sizes = _DOWNLOADED_MB[:1] if arguments.quick else _DOWNLOADED_MB
-    show = Show(console, 2 * 5 + len(sizes) * (rounds + 3))
+    show = Show(console, 2 * 5 + len(sizes) * (rounds + 3) + 1)
     with ExitStack() as stack:
         place = stack.enter_context(workshop(arguments.work))
         for name in ("home", "tmp"):
@@ -137,7 +143,28 @@ def _measure(
         site = Site(place, rounds, interruption, show, console)
         stack.enter_context(show.shown())
         chapters = [_environment_chapter(site, programs) for programs in (here, theirs)]
-        return [*chapters, _deltaglider_chapter(site, here, theirs, sizes, chapters)]
+        chapters.append(_deltaglider_chapter(site, here, theirs, sizes, chapters))
+        _compare_implementations(site, here, theirs, _implementations_document(arguments))
+        return chapters
+
+
+def _implementations_document(arguments: argparse.Namespace) -> Path:
+    output: Path = arguments.output
+    return output.with_name("implementations.md")
+
+
+def _compare_implementations(site: Site, here: Path, theirs: Path, document: Path) -> None:
+    """Have `dg-cache bench` write its document and chart."""
+    environment = site.environment(site.place / "nowhere")
+    del environment["TMPDIR"]
+    with site.show.step("other implementations"):
+        site.run(
+            environment,
+            *(str(here / "dg-cache"), "bench", "--runs", str(site.rounds)),
+            *("--deltaglider", str(theirs / "python")),
+            *("--report", str(document), "--chart", str(document.with_suffix(".svg"))),
+            seconds=_IMPLEMENTATIONS_SECONDS,
+        )
 
 
 def _environment_chapter(site: Site, programs: Path) -> Chapter:
@@ -261,7 +288,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
         type=Path,
         default=ROOT / "docs" / "performance.md",
         metavar="FILE",
-        help="what is written (default: docs/performance.md)",
+        help="what is written, and implementations.md beside it (default: docs/performance.md)",
     )
     return parser.parse_args(argv)
 

@@ -63,6 +63,7 @@ def test_only_entry_points_read_the_environment() -> None:
         if "os.environ" in path.read_text()
     }
     assert readers == {
+        "cli/dgcache_cli/commands/bench.py",
         "cli/dgcache_cli/commands/daemon.py",
         "cli/dgcache_cli/commands/deltaglider.py",
         "cli/dgcache_cli/commands/setup.py",

@@ -56,8 +56,6 @@ def measure(
         for name, contender in contenders.items():
             before_each(name)
             samples[name].append(_sample(contender, source, sha256))
-    for contender in contenders.values():
-        contender.clear()
     return samples
 
 
@@ -73,15 +71,14 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def _require_right(name: str, contender: Contender, source: Path, sha256: str) -> None:
-    contender.clear()
     contender.write(source)
     with contender.read(sha256) as path:
         if digest_of(path) != sha256:
             raise CacheCorruptionError(f"{name} handed out other bytes than were written")
+    contender.clear()
 
 
 def _sample(contender: Contender, source: Path, sha256: str) -> Sample:
-    contender.clear()
     buffer = bytearray(PIECE_BYTES)
     start = time.perf_counter()
     contender.write(source)
@@ -95,7 +92,7 @@ def _sample(contender: Contender, source: Path, sha256: str) -> Sample:
                 pass
         to_last_byte = time.perf_counter() - start
         shared = _shared(contender, sha256) if contender.shares else None
-    contender.settle()
+    contender.clear()  # so that none holds memory while another is timed
     return Sample(write, to_path, to_last_byte, shared)
 
 
