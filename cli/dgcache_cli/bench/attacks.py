@@ -107,7 +107,7 @@ def _other_user(scene: _Scene) -> tuple[bool, str]:
     if os.geteuid() == 0:
         opened, how = _as_stranger(scene.place, names), f"tried as uid {_STRANGER_UID}"
     else:
-        opened = [name for name in names if _lets_others_read(scene.place, name)]
+        opened = [name for name in names if lets_others_read(scene.place, name)]
         how = "judged by modes: only root can try as another user"
     return not opened, f"{how}: opened {_shown(opened)}" if opened else f"{how}: nothing opened"
 
@@ -210,7 +210,7 @@ def _as_stranger(place: Path, names: list[str]) -> list[str]:
     return opened
 
 
-def _lets_others_read(place: Path, name: str) -> bool:
+def lets_others_read(place: Path, name: str) -> bool:
     """Tell whether the modes from `place` on let others open a file (path_resolution(7))."""
     path = place / name  # an absolute name stays as it is
     inside = path.is_relative_to(place)

@@ -38,14 +38,14 @@ def _reached(modules: Iterable[str]) -> dict[str, Path]:
 
 
 def _source(name: str) -> Path | None:
-    """Find a module's file; packages are searched and not run, except for their `__init__`."""
-    if name.split(".", maxsplit=1)[0] not in _OURS:
+    """Find a module's file by its name alone; None for what is foreign, or a name in a module."""
+    package, *inner = name.split(".")
+    spec = find_spec(package) if package in _OURS else None  # of a submodule it would run the rest
+    if spec is None or spec.origin is None:
         return None
-    try:
-        spec = find_spec(name)
-    except ModuleNotFoundError:  # a name in a module, and no module
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+    path = Path(spec.origin).parent.joinpath(*inner)
+    found = (path.with_name(f"{path.name}.py"), path / "__init__.py")
+    return next((file for file in found if file.is_file()), None)
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dgcache import Settings, launcher
 from dgcache.cache import ReferenceCache
+from dgcache_cli.bench.guard import SOCKETS
 from dgcache_cli.bench.port import BUCKET, PREFIX
 from dgcache_core.errors import CacheUnavailableError
 
@@ -107,7 +108,7 @@ def running_daemon(
 
 
 def _sockets(place: Path) -> Path:
-    return place / "s"
+    return place / SOCKETS
 
 
 def _private(environ: Mapping[str, str], place: Path) -> dict[str, str]:
