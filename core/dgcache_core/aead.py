@@ -138,6 +138,30 @@ def open_header(key: memoryview, blob: memoryview) -> tuple[Frame, Sha256]:
     return frame, Sha256(header[_FRAME.size :].hex())
 
 
+def seal_bytes(
+    key: memoryview, nonce: bytes, plain: memoryview, associated: bytes, out: memoryview
+) -> None:
+    """Encrypt something that is no blob; `out` is `TAG_BYTES` longer, the tag comes last.
+
+    The caller sees to it that no nonce is used twice under a key.
+    """
+    _encrypt_into(key, nonce, plain, associated, out)
+
+
+def open_bytes(
+    key: memoryview, nonce: bytes, sealed: memoryview, associated: bytes, out: memoryview
+) -> None:
+    """Decrypt what `seal_bytes` made into `out`.
+
+    Raises:
+        CacheCorruptionError: the check failed; what `out` holds now must not be used.
+    """
+    try:
+        _decrypt_into(key, nonce, sealed, associated, out)
+    except InvalidTag as error:
+        raise CacheCorruptionError("what was encrypted failed its check") from error
+
+
 def _nonce(counter: int, kind: int) -> bytes:
     return counter.to_bytes(11, "big") + bytes((kind,))
 

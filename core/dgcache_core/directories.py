@@ -68,6 +68,27 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
         os.close(node)
 
 
+def open_private_subdirectory(parent: int, name: str, path: Path, *, create: bool = False) -> int:
+    """Return a descriptor of the vetted directory `name` in an open one. The caller closes it.
+
+    Args:
+        parent: the descriptor of a directory that was vetted before.
+        name: one component.
+        path: what messages call it.
+        create: make it where it is missing, with mode 0700 whatever the umask.
+
+    Raises:
+        CacheRefusedError: it is a link, no directory, not mine, not 0700, or has a default ACL.
+        OSError: it is not there and `create` is False, or it cannot be made.
+    """
+    node = _open_or_make(parent, name, create=create)
+    try:
+        _vet(node, path, is_last=True, name=name)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
+    finally:
+        os.close(node)
+
+
 def _open_or_make(parent: int, name: str, *, create: bool) -> int:
     try:
         return os.open(name, _OPEN_NODE, dir_fd=parent)
