@@ -12,7 +12,6 @@ stands where it should not is a `CacheRefusedError`.
 import errno
 import fcntl
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -20,30 +19,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dgcache_core.directories import open_private_directory, open_private_subdirectory
+from dgcache_core.disk_names import (
+    LOCK,
+    NEW,
+    is_entry_name,
+    is_level_name,
+    is_ours,
+    is_temporary_name,
+)
 from dgcache_core.disk_records import Ledger
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
-from dgcache_core.runtime_directory import machine_key
 
-LOCK = "tier.lock"
-NEW = "new"
 FILE_MODE = 0o600
 
-_ENTRY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}")
-_LEVEL = re.compile(r"[0-9a-f]{2}")
-_TEMPORARY = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP, errno.ENXIO)
+_IN_THE_WAY = (
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP, errno.ENXIO),
+    *(errno.EACCES, errno.EPERM),  # every directory on the way is mine and 0700: it is the file
+)
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
-
-def tier_directory(base: Path) -> Path:
-    """Return the tier's directory below `DG_CACHE_DIR`: one for each machine that shares a home."""
-    return base / "v2" / "disk" / machine_key()
-
-
-def is_entry_name(name: str) -> bool:
-    """Tell whether a name is one that entries have."""
-    return _ENTRY.fullmatch(name) is not None
 
 
 class TierDirectory:
@@ -54,7 +48,7 @@ class TierDirectory:
 
         Raises:
             CacheRefusedError: a check of the directory failed.
-            CacheUnavailableError: another process uses it.
+            CacheUnavailableError: another process uses it, or the disk is full or read-only.
         """
         self.path = path
         self._on_directory = on_directory
@@ -69,7 +63,7 @@ class TierDirectory:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise CacheRefusedError(f"{path / LOCK}: {error.strerror}") from error
+                raise CacheUnavailableError(f"{path / LOCK}: {error.strerror}") from error
             raise
 
     def close(self) -> None:
@@ -190,17 +184,13 @@ class TierDirectory:
 
     def foreign_names(self) -> int:
         """Count what is in the top directory and has no name of ours."""
-        ours = {LOCK, NEW}
-        return sum(
-            not (base in ours or _LEVEL.fullmatch(base) or base.startswith("generation-"))
-            for base in self._list("")
-        )
+        return sum(not is_ours(base) for base in self._list(""))
 
     def temporaries(self) -> Iterator[str]:
         """Go through the files that a killed process was writing."""
         with suppress(FileNotFoundError, CacheRefusedError):
             for base in self._list(NEW):
-                if _TEMPORARY.fullmatch(base):
+                if is_temporary_name(f"{NEW}/{base}"):
                     yield f"{NEW}/{base}"
 
     def directories(self) -> list[Path]:
@@ -252,7 +242,7 @@ class TierDirectory:
 
     def _level(self, name: str) -> list[str]:
         try:
-            return [base for base in self._list(name) if _LEVEL.fullmatch(base)]
+            return [base for base in self._list(name) if is_level_name(base)]
         except (OSError, CacheRefusedError):
             return []
 
@@ -261,7 +251,8 @@ class TierDirectory:
             return os.listdir(directory)  # noqa: PTH208 - by descriptor
 
     def _lock(self) -> int:
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN, FILE_MODE, dir_fd=self.fd)
+        with _refusing(LOCK):
+            descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN, FILE_MODE, dir_fd=self.fd)
         try:
             require_own_file(LOCK, os.fstat(descriptor))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dgcache_core.aead import Frame
 from dgcache_core.bindings import Bindings
-from dgcache_core.disk_records import Ledger
+from dgcache_core.disk_records import DiskEntryInfo, Ledger
 from dgcache_core.memory import page_rounded
 from dgcache_core.references import Deltaspace, Sha256
 
@@ -98,6 +98,22 @@ class DiskIndex:
     def expired(self, now: float) -> list[DiskEntry]:
         """Return the entries whose time is over."""
         return [entry for entry in self._entries.values() if entry.expires <= now]
+
+    def described(self, now: float) -> list[DiskEntryInfo]:
+        """Tell of every entry that has not expired, most recently used first."""
+        return [
+            DiskEntryInfo(
+                sha256=entry.sha256,
+                size=entry.frame.size,
+                file_bytes=entry.bytes,
+                deltaspaces=self.bindings.deltaspaces(entry.sha256),
+                age_seconds=now - entry.created,
+                expires_in_seconds=entry.expires - now,
+                loads=entry.loads,
+            )
+            for entry in reversed(self.oldest_first())
+            if entry.expires > now
+        ]
 
     def victims(self, room: int, *, entries: int = 0) -> list[DiskEntry] | None:
         """Return whom to remove so that `room` bytes fit, or None where that would not do."""

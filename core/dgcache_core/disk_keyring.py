@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dgcache_core.disk_files import TierDirectory, read_at, require_own_file
+from dgcache_core.disk_names import GENERATION
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
 from dgcache_core.keyslab import KeySlab
 from dgcache_core.sealed_files import write_at
@@ -40,6 +41,7 @@ class KeyRing:
         """
         self._directory = directory
         self._lock = threading.Lock()
+        self._renewing = threading.Lock()
         self._users: dict[TierKeys, int] = {}
         self._slab = KeySlab(_SLOTS, may_fork=may_fork)
         self._when_unused: Callable[[], None] | None = None
@@ -48,7 +50,8 @@ class KeyRing:
         try:
             self._root = RootKey(self._slab, key)
             generation = self._read() or self._write(counter=1)
-            self._current = self._derive(generation)
+            self._current = self._root.derive(generation)
+            self._users[self._current] = 0
         except BaseException:
             self._slab.close()
             raise
@@ -66,7 +69,7 @@ class KeyRing:
     @property
     def generation_name(self) -> str:
         """The name of the generation's file, also where there is none."""
-        return f"generation-{self._root.key_id.hex()}"
+        return f"{GENERATION}{self._root.key_id.hex()}"
 
     @contextmanager
     def lend(self) -> Iterator[TierKeys]:
@@ -100,10 +103,12 @@ class KeyRing:
             OSError: its file cannot be written; the generation is the one before.
             CacheFullError: too many generations are still in use.
         """
-        keys = self._derive(self._write(self._current.generation.counter + 1))
-        with self._lock:
-            self._current = keys
-            self._erase_unused()
+        with self._renewing:
+            keys = self._root.derive(self._write(self._current.generation.counter + 1))
+            with self._lock:
+                self._users[keys] = 0
+                self._current = keys
+                self._erase_unused()
 
     def close(self, then: Callable[[], None]) -> None:
         """Lend no more; zero every key and call `then` when nobody uses one. Once only."""
@@ -124,11 +129,6 @@ class KeyRing:
             return None
         self._slab.close()
         return self._when_unused
-
-    def _derive(self, generation: Generation) -> TierKeys:
-        keys = self._root.derive(generation)
-        self._users[keys] = 0
-        return keys
 
     # -- the generation's file -------------------------------------------------------------------
 
