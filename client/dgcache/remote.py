@@ -211,7 +211,7 @@ class DaemonBackend:
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         status["store"] = _with_numbers(status["store"])
-        for part in ("hardening", "leases", "security_events", "monitor"):
+        for part in ("hardening", "leases", "security_events", "monitor", "pressure"):
             status[part] = _with_numbers(status.get(part, {}))  # an older daemon has not all
         status["directory"] = str(self._session.directory)
         return status

@@ -3,8 +3,9 @@
 One lock covers the tables (entries, bindings, handouts, reservations) and is held for microseconds;
 encryption and decryption happen outside it, on entries that are pinned meanwhile. The rules:
 
-- everything counts against `max_bytes`: ciphertext, plaintext that is held, and what is reserved
-  for stores and lookups in progress. Space is reserved before it is filled;
+- everything counts against the limit in force, which is `max_bytes` unless `set_limit` lowered it:
+  ciphertext, plaintext that is held, and what is reserved for stores and lookups in progress.
+  Space is reserved before it is filled;
 - the entry handed out longest ago leaves first; one that is being read never does;
 - where there is a tier below, what leaves for want of room is written there first, outside the
   lock, and still counts meanwhile; who needs the room waits for it;
@@ -111,6 +112,7 @@ class MemoryStore:
         """
         self._spill = spill
         self._max_bytes = max_bytes
+        self._limit_bytes = max_bytes
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._allocate = allocate
@@ -218,6 +220,8 @@ class MemoryStore:
                 self._counters.refused_stores += 1
                 if expected is not None and size > self.max_entry_bytes:
                     self._remember(expected, MissReason.TOO_LARGE)
+                elif expected is not None and size > _largest_entry(self._limit_bytes):
+                    self._remember(expected, MissReason.PRESSURE)
                 self._end_progress()
                 raise
         try:
@@ -371,6 +375,30 @@ class MemoryStore:
         self._scratch.close()
         return freed
 
+    def set_limit(self, max_bytes: int) -> Freed:
+        """Put another limit in force; what is idle leaves, oldest use first, until it fits.
+
+        What is being read, held or in progress stays, so the store may be over its limit for a
+        while; call again then. New entries and plaintexts are admitted by the limit in force.
+
+        Args:
+            max_bytes: more than the budget means the budget.
+
+        Returns:
+            how many entries left, and the memory they gave back, in bytes of whole pages.
+        """
+        with self._lock:
+            self._limit_bytes = max(0, min(max_bytes, self._max_bytes))
+            self._expire()
+            self._handouts.sweep()
+            before, freed = self._used_bytes, 0
+            for entry in [entry for entry in self._entries.values() if not entry.readers]:
+                if self._used_bytes <= self._limit_bytes:
+                    break
+                if not entry.dropped and not entry.readers:
+                    freed += self._evict_one(entry, MissReason.PRESSURE)
+            return Freed(freed, before - self._used_bytes)
+
     def sweep(self) -> None:
         """See `Store.sweep`."""
         with self._lock:
@@ -428,13 +456,16 @@ class MemoryStore:
                 shares_handouts=self._handouts.can_share,
                 key_protection=str(self._keys.protection),
                 counters=replace(self._counters, misses=dict(self._counters.misses)),
+                limit_bytes=self._limit_bytes,
             )
 
     @property
     def max_entry_bytes(self) -> int:
-        """The largest blob there can be: ciphertext and one plaintext must fit side by side."""
-        whole = self._max_bytes - BODY_OFFSET - TAG_BYTES - 2 * mmap.PAGESIZE
-        return max(0, whole * CHUNK_BYTES // (2 * CHUNK_BYTES + TAG_BYTES))
+        """The largest blob there can be: ciphertext and one plaintext must fit side by side.
+
+        Of the budget, whatever the limit in force: clients hear it once, and that one passes.
+        """
+        return _largest_entry(self._max_bytes)
 
     def seconds_to_next_expiry(self) -> float | None:
         """Return how long until the oldest entry expires, or None where there is none."""
@@ -496,6 +527,11 @@ class MemoryStore:
                 f"{size} bytes are more than the {self.max_entry_bytes} that one reference may "
                 f"have in a cache of {self._max_bytes} bytes (DG_CACHE_MEMORY_SIZE_MB)"
             )
+        if size > _largest_entry(self._limit_bytes):
+            raise CacheFullError(
+                f"{size} bytes are too many while memory is short: the cache is limited to "
+                f"{self._limit_bytes} of its {self._max_bytes} bytes for now"
+            )
 
     def _reserve(self, room: int) -> None:
         """Make room by evicting what was handed out longest ago, then reserve it.
@@ -503,7 +539,7 @@ class MemoryStore:
         With a tier below the lock is given away meanwhile: what the caller relies on afterwards
         must be pinned.
         """
-        if self._used_bytes + room > self._max_bytes:
+        if self._used_bytes + room > self._limit_bytes:
             self._expire()
             self._handouts.sweep()
             self._shed(room)
@@ -512,7 +548,7 @@ class MemoryStore:
 
     def _shed(self, room: int) -> None:
         deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
-        while (missing := self._used_bytes + room - self._max_bytes) > 0:
+        while (missing := self._used_bytes + room - self._limit_bytes) > 0:
             idle = [entry for entry in self._entries.values() if not entry.readers]
             if sum(entry.bytes for entry in idle) + self._leaving_bytes < missing:
                 raise CacheFullError(f"no room for {room} bytes: the rest of the cache is in use")
@@ -536,13 +572,18 @@ class MemoryStore:
             if oldest is not None:
                 self._evict_one(oldest)
 
-    def _evict_one(self, entry: _Entry) -> None:
+    def _evict_one(self, entry: _Entry, reason: MissReason = MissReason.EVICTED) -> bool:
+        """Let an idle entry leave for the tier below; False where it does not leave after all."""
         if self._spill is not None:
             self._spill_unlocked(entry, self._spill)
             if entry.dropped or entry.readers:
-                return  # gone, or wanted again in the meantime
-        self._drop(entry, MissReason.EVICTED)
-        self._counters.evictions += 1
+                return False  # gone, or wanted again in the meantime
+        self._drop(entry, reason)
+        if reason is MissReason.PRESSURE:
+            self._counters.pressure_evictions += 1
+        else:
+            self._counters.evictions += 1
+        return True
 
     def _spill_unlocked(self, entry: _Entry, spill: Spill) -> None:
         """Give the lock away while the entry, pinned, is written to the tier below."""
@@ -664,6 +705,11 @@ class MemoryStore:
             work()
         finally:
             helper.result()
+
+
+def _largest_entry(max_bytes: int) -> int:
+    whole = max_bytes - BODY_OFFSET - TAG_BYTES - 2 * mmap.PAGESIZE
+    return max(0, whole * CHUNK_BYTES // (2 * CHUNK_BYTES + TAG_BYTES))
 
 
 def _closed_error() -> CacheUnavailableError:

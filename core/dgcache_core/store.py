@@ -46,6 +46,7 @@ class Counters:
     stored_bytes: int = 0
     refused_stores: int = 0
     evictions: int = 0
+    pressure_evictions: int = 0
     expirations: int = 0
     corruptions: int = 0
     misses: dict[MissReason, int] = field(default_factory=lambda: dict.fromkeys(MissReason, 0))
@@ -66,6 +67,8 @@ class StoreStatus:
     shares_handouts: bool
     key_protection: str
     counters: Counters
+    limit_bytes: int
+    """The limit in force: `max_bytes`, or less while memory is short."""
 
 
 class Ingest(Protocol):

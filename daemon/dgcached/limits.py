@@ -62,5 +62,11 @@ class Limits:
     """What calls in progress get to finish after SIGTERM."""
     flush_seconds: float = 1.0
     """What their answers get, after that, to reach clients that read."""
+    pressure_look_seconds: float = 5.0
+    """Between two looks at the memory that is left, at the most, while something is cached."""
+    pressure_calm_seconds: float = 30.0
+    """Without memory pressure, before the cache may grow again."""
+    pressure_step_seconds: float = 10.0
+    """From one step of growing to the next."""
     backlog: int = 1024
     """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

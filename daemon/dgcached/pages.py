@@ -72,6 +72,8 @@ def store_status_message(status: StoreStatus) -> pb.StoreStatus:
         evictions=counters.evictions,
         expirations=counters.expirations,
         corruptions=counters.corruptions,
+        pressure_evictions=counters.pressure_evictions,
+        limit_bytes=status.limit_bytes,
         misses={str(reason): count for reason, count in counters.misses.items() if count},
     )
 

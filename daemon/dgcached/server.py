@@ -33,6 +33,7 @@ from dgcached.listener import Listener
 from dgcached.logs import event
 from dgcached.monitor import Monitor
 from dgcached.pages import store_status_message
+from dgcached.pressure_watcher import PressureWatcher
 from dgcached.registry import Registry
 from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
@@ -105,10 +106,11 @@ class Daemon:
             self._store,
             limits,
             self._security,
-            on_change=self._sweeper.wake,
+            on_change=self._on_change,
             flights=self._flights,
             describe=self._describe,
         )
+        self._pressure = PressureWatcher(self._store, limits)
 
     async def run(self) -> int:
         """Serve until a signal says stop, or somebody takes away what cannot be made again.
@@ -135,6 +137,7 @@ class Daemon:
         self._sweeper.start()
         await self._guard.start(sessions.listen_on, listener.listen_on)
         self._monitor.start()
+        self._pressure.start()
         event(
             logging.INFO,
             "started",
@@ -158,6 +161,7 @@ class Daemon:
         sessions.close()
         await listener.close()
         await self._sweeper.stop()
+        await self._pressure.stop()
         await loop.run_in_executor(None, self._service.close)
         self._store.close()
         self._listeners.remove_inner()
@@ -172,6 +176,10 @@ class Daemon:
         event(logging.ERROR, "giving-up", reason=reason)
         self._status = EX_TAKEN_AWAY
         self._stop.set()
+
+    def _on_change(self) -> None:
+        self._sweeper.wake()
+        self._pressure.wake()
 
     async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
         """Start the gRPC server behind the listener."""
@@ -238,6 +246,7 @@ class Daemon:
             leases=self._flights.describe(),
             security_events=self._security.counts,
             monitor=pb.Monitor(**asdict(self._monitor.status)),
+            pressure=self._pressure.message(),
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

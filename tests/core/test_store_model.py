@@ -18,7 +18,7 @@ from dgcache_core.aead import Frame
 from dgcache_core.errors import CacheFullError, CacheMissError, MissReason
 from dgcache_core.handouts import Handout
 from dgcache_core.memory import page_rounded
-from dgcache_core.memory_store import MemoryStore
+from dgcache_core.memory_store import MemoryStore, _largest_entry
 from dgcache_core.references import Deltaspace, Sha256
 
 from .support import DETERMINISTIC, HandClock, content, digest_of, put, read_all
@@ -49,6 +49,7 @@ class Model:
     bound: set[tuple[Deltaspace, Sha256]] = field(default_factory=set)
     holders: dict[Sha256, int] = field(default_factory=dict)
     past: dict[Sha256, MissReason] = field(default_factory=dict)
+    limit: int = PAGES * 4096
 
     def blob_bytes(self) -> int:
         return sum(map(sealed_bytes, self.lru))
@@ -65,7 +66,7 @@ class Model:
 
     def make_room(self, room: int, reading: Sha256 | None = None) -> bool:
         """Evict as few as needed, oldest first; nobody, where that would not do."""
-        missing = self.blob_bytes() + self.handout_bytes() + room - PAGES * 4096
+        missing = self.blob_bytes() + self.handout_bytes() + room - self.limit
         idle = [digest for digest in self.lru if digest != reading]
         if missing > sum(map(sealed_bytes, idle)):
             return False
@@ -109,6 +110,9 @@ class StoreAgainstAModel(RuleBasedStateMachine):
         model, data = self.model, REFERENCES[digest]
         if len(data) > self.store.max_entry_bytes:
             model.past[digest] = MissReason.TOO_LARGE
+            fits = False
+        elif len(data) > _largest_entry(model.limit):
+            model.past[digest] = MissReason.PRESSURE
             fits = False
         else:
             fits = model.make_room(sealed_bytes(digest))
@@ -195,6 +199,17 @@ class StoreAgainstAModel(RuleBasedStateMachine):
         for digest in list(self.model.lru):
             self.model.drop(digest, MissReason.EVICTED)
 
+    @rule(pages=st.integers(0, PAGES + 1))
+    def set_limit(self, pages: int) -> None:
+        model = self.model
+        model.limit = min(pages, PAGES) * 4096
+        gone = []
+        while model.lru and model.blob_bytes() + model.handout_bytes() > model.limit:
+            gone.append(model.lru[0])
+            model.drop(gone[-1], MissReason.PRESSURE)
+        freed = self.store.set_limit(pages * 4096)
+        assert (freed.entries, freed.bytes) == (len(gone), sum(map(sealed_bytes, gone)))
+
     @rule(seconds=st.integers(1, TTL))
     def wait(self, seconds: int) -> None:
         self.clock.advance(seconds)
@@ -204,8 +219,9 @@ class StoreAgainstAModel(RuleBasedStateMachine):
     @invariant()
     def tells_the_same(self) -> None:
         store, model = self.store, self.model
-        assert store._used_bytes <= PAGES * 4096
+        assert store._used_bytes <= max(model.limit, model.handout_bytes())
         status = store.status()
+        assert status.limit_bytes == model.limit
         assert status.reserved_bytes == 0
         assert (status.blob_bytes, status.handout_bytes) == (
             model.blob_bytes(),

@@ -140,6 +140,7 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{human_size(store['handout_bytes'])} held by clients, "
             f"{human_size(store['reserved_bytes'])} in progress",
         ),
+        ("pressure", _pressure(status["pressure"], store)),
         (
             "references",
             f"{store['entries']} for {store['bindings']} deltaspaces; "
@@ -192,6 +193,22 @@ def _security(counts: dict[str, int]) -> str:
         return "no events"
     by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     return f"{by_kind}: see dg-cache events"
+
+
+def _pressure(pressure: dict[str, Any], store: dict[str, Any]) -> str:
+    """One line about memory pressure; a daemon of an older version says nothing of it."""
+    if not pressure:
+        return "unknown"
+    by = "alarms and samples" if pressure["psi"] else "samples"
+    if not pressure["shrinks"]:
+        return f"none so far; watched by {by}"
+    limit, budget = pressure["limit_bytes"], store["max_bytes"]
+    now = f"limited to {human_size(limit)} of" if limit < budget else "over, again"
+    return (
+        f"{now} {human_size(budget)}; lowered {pressure['shrinks']} times, "
+        f"{store['pressure_evictions']} evicted, the last "
+        f"{human_seconds(pressure['seconds_since'])} ago: {pressure['cause']}"
+    )
 
 
 def _logs(arguments: argparse.Namespace) -> int:

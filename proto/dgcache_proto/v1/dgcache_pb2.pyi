@@ -692,12 +692,16 @@ Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
 class ClearRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    REKEY_FIELD_NUMBER: _builtins.int
+    rekey: _builtins.bool
     def __init__(
         self,
+        *,
+        rekey: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rekey", b"rekey"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -877,6 +881,7 @@ class StatusResponse(_message.Message):
     SECURITY_EVENTS_FIELD_NUMBER: _builtins.int
     MONITOR_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    PRESSURE_FIELD_NUMBER: _builtins.int
     build: _builtins.str
     protocol: _builtins.int
     pid: _builtins.int
@@ -902,6 +907,8 @@ class StatusResponse(_message.Message):
     def monitor(self) -> Global___Monitor: ...
     @_builtins.property
     def leases(self) -> Global___LeaseStatus: ...
+    @_builtins.property
+    def pressure(self) -> Global___Pressure: ...
     def __init__(
         self,
         *,
@@ -920,10 +927,11 @@ class StatusResponse(_message.Message):
         security_events: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         monitor: Global___Monitor | None = ...,
         leases: Global___LeaseStatus | None = ...,
+        pressure: Global___Pressure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "pressure", b"pressure", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "pressure", b"pressure", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1014,6 +1022,8 @@ class StoreStatus(_message.Message):
     EXPIRATIONS_FIELD_NUMBER: _builtins.int
     CORRUPTIONS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
+    PRESSURE_EVICTIONS_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     entries: _builtins.int
     bindings: _builtins.int
     max_bytes: _builtins.int
@@ -1036,6 +1046,10 @@ class StoreStatus(_message.Message):
     evictions: _builtins.int
     expirations: _builtins.int
     corruptions: _builtins.int
+    pressure_evictions: _builtins.int
+    """not among the evictions"""
+    limit_bytes: _builtins.int
+    """in force: max_bytes, or less while memory is short"""
     @_builtins.property
     def misses(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """by reason"""
@@ -1061,14 +1075,54 @@ class StoreStatus(_message.Message):
         expirations: _builtins.int = ...,
         corruptions: _builtins.int = ...,
         misses: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        pressure_evictions: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "blob_bytes", b"blob_bytes", "corruptions", b"corruptions", "entries", b"entries", "evictions", b"evictions", "expirations", b"expirations", "handout_bytes", b"handout_bytes", "handouts", b"handouts", "hit_bytes", b"hit_bytes", "hits", b"hits", "max_bytes", b"max_bytes", "max_entry_bytes", b"max_entry_bytes", "misses", b"misses", "refused_stores", b"refused_stores", "reserved_bytes", b"reserved_bytes", "shared_hits", b"shared_hits", "stored_bytes", b"stored_bytes", "stores", b"stores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "blob_bytes", b"blob_bytes", "corruptions", b"corruptions", "entries", b"entries", "evictions", b"evictions", "expirations", b"expirations", "handout_bytes", b"handout_bytes", "handouts", b"handouts", "hit_bytes", b"hit_bytes", "hits", b"hits", "limit_bytes", b"limit_bytes", "max_bytes", b"max_bytes", "max_entry_bytes", b"max_entry_bytes", "misses", b"misses", "pressure_evictions", b"pressure_evictions", "refused_stores", b"refused_stores", "reserved_bytes", b"reserved_bytes", "shared_hits", b"shared_hits", "stored_bytes", b"stored_bytes", "stores", b"stores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoreStatus: _TypeAlias = StoreStatus  # noqa: Y015
+
+@_typing.final
+class Pressure(_message.Message):
+    """How short memory is, of the host and of the control groups the daemon is in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    SHRINKS_FIELD_NUMBER: _builtins.int
+    SECONDS_SINCE_FIELD_NUMBER: _builtins.int
+    PSI_FIELD_NUMBER: _builtins.int
+    limit_bytes: _builtins.int
+    """of the cache, in force"""
+    cause: _builtins.str
+    """of the last time it was lowered; empty if it never was"""
+    shrinks: _builtins.int
+    """how often it was lowered"""
+    seconds_since: _builtins.float
+    """the last time; 0 if there was none"""
+    psi: _builtins.bool
+    """the kernel tells of stalls (PSI); else only sampling notices"""
+    def __init__(
+        self,
+        *,
+        limit_bytes: _builtins.int = ...,
+        cause: _builtins.str = ...,
+        shrinks: _builtins.int = ...,
+        seconds_since: _builtins.float = ...,
+        psi: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "limit_bytes", b"limit_bytes", "psi", b"psi", "seconds_since", b"seconds_since", "shrinks", b"shrinks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pressure: _TypeAlias = Pressure  # noqa: Y015
 
 @_typing.final
 class Hardening(_message.Message):

@@ -186,7 +186,9 @@ class ReferenceCacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Clear(self, request, context):
-        """Frees every entry. What clients hold stays theirs. Any admitted connection.
+        """Frees every entry. What clients hold stays theirs. With `rekey`, the daemon also makes its keys'
+        memory anew: the old one is zeroed and unmapped once the last call in progress has let go of it,
+        and a store in progress ends with RESOURCE_EXHAUSTED. Any admitted connection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -97,7 +97,10 @@ class ReferenceCacheStub:
     Evict: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.EvictRequest, _dgcache_pb2.EvictResponse]
     """Unbinds a deltaspace; references that serve no other are freed. Any admitted connection."""
     Clear: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.ClearRequest, _dgcache_pb2.ClearResponse]
-    """Frees every entry. What clients hold stays theirs. Any admitted connection."""
+    """Frees every entry. What clients hold stays theirs. With `rekey`, the daemon also makes its keys'
+    memory anew: the old one is zeroed and unmapped once the last call in progress has let go of it,
+    and a store in progress ends with RESOURCE_EXHAUSTED. Any admitted connection.
+    """
     List: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.ListRequest, _dgcache_pb2.ListResponse]
     """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _grpc.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]
@@ -156,7 +159,10 @@ class ReferenceCacheAsyncStub(ReferenceCacheStub):
     Evict: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.EvictRequest, _dgcache_pb2.EvictResponse]  # type: ignore[assignment]
     """Unbinds a deltaspace; references that serve no other are freed. Any admitted connection."""
     Clear: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.ClearRequest, _dgcache_pb2.ClearResponse]  # type: ignore[assignment]
-    """Frees every entry. What clients hold stays theirs. Any admitted connection."""
+    """Frees every entry. What clients hold stays theirs. With `rekey`, the daemon also makes its keys'
+    memory anew: the old one is zeroed and unmapped once the last call in progress has let go of it,
+    and a store in progress ends with RESOURCE_EXHAUSTED. Any admitted connection.
+    """
     List: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.ListRequest, _dgcache_pb2.ListResponse]  # type: ignore[assignment]
     """Lists the entries in the order of their digests, a page at a time. Any admitted connection."""
     Status: _aio.UnaryUnaryMultiCallable[_dgcache_pb2.StatusRequest, _dgcache_pb2.StatusResponse]  # type: ignore[assignment]
@@ -272,7 +278,10 @@ class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
         request: _dgcache_pb2.ClearRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dgcache_pb2.ClearResponse, _abc.Awaitable[_dgcache_pb2.ClearResponse]]:
-        """Frees every entry. What clients hold stays theirs. Any admitted connection."""
+        """Frees every entry. What clients hold stays theirs. With `rekey`, the daemon also makes its keys'
+        memory anew: the old one is zeroed and unmapped once the last call in progress has let go of it,
+        and a store in progress ends with RESOURCE_EXHAUSTED. Any admitted connection.
+        """
 
     @_abc_1.abstractmethod
     def List(
