@@ -2,9 +2,9 @@
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from dgcache.report import logger
 from dgcache.settings import Settings
 from dgcache.sources import Source
 from dgcache_core.directories import open_private_directory
@@ -13,6 +13,7 @@ from dgcache_core.handouts import Handout
 from dgcache_core.memory import unnamed_files
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.settings import base_directory
 from dgcache_core.store import EntryInfo, Freed
 
 _MAX_ENTRIES = 512
@@ -29,7 +30,9 @@ class LocalBackend:
         self._directory_fd = -1
         size = settings.fallback_bytes
         if name == "filesystem":
-            self._directory_fd = open_private_directory(_directory(settings), create=True)
+            self._directory_fd = open_private_directory(
+                base_directory(settings.cache_dir) / "v2" / "ephemeral", create=True
+            )
             self._store = MemoryStore(
                 size,
                 settings.ttl_seconds,
@@ -93,13 +96,12 @@ class LocalBackend:
             self._directory_fd = -1
 
 
-def _directory(settings: Settings) -> Path:
-    base = settings.cache_dir or Path("~/.cache/deltaglider").expanduser()
-    return base / "v2" / "ephemeral"
-
-
 def make_local(settings: Settings) -> tuple[LocalBackend, CacheError | None]:
     """Return the in-process cache that is wanted; memory, with the reason, where files fail."""
+    if not settings.encryption:
+        logger.warning(
+            "DG_CACHE_ENCRYPTION=false: the in-process cache encrypts all the same; unset it"
+        )
     if settings.backend == "filesystem":
         try:
             return LocalBackend(settings, "filesystem"), None

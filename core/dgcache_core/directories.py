@@ -3,7 +3,8 @@
 Every component is opened relative to the descriptor of the one before, so that no name is looked up
 twice (openat(2); CWE-367). Ancestors must belong to root or to me and be writable by nobody else
 unless sticky; a link among them is followed only if it belongs to root or to me. The last component
-is never a link: it is mine, mode 0700, without a default ACL.
+of a private directory is never a link: it is mine, mode 0700, without a default ACL. A trusted file
+is root's or mine, as its directory is, and nobody else can write to either.
 """
 
 import errno
@@ -12,6 +13,7 @@ import shlex
 import stat
 from collections import deque
 from pathlib import Path
+from typing import Protocol
 
 from dgcache_core.errors import CacheRefusedError
 
@@ -31,6 +33,62 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
         CacheRefusedError: a check failed; the message names it and the command that mends it.
         FileNotFoundError: it is not there and `create` is False.
     """
+    node = _walk(path, _vet, create=create)
+    try:
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
+    except OSError as error:
+        raise CacheRefusedError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(node)
+
+
+def read_trusted_file(path: Path, most_bytes: int, forbidden_mode: int = 0o022) -> bytes:
+    """Return what a file holds that nobody but root and me can have written.
+
+    A FIFO or a device is never opened, only looked at.
+
+    Args:
+        path: absolute, without `..`. A link of root's or of mine is followed and its target vetted.
+        most_bytes: how large it may be.
+        forbidden_mode: permissions it must not have: 0o022 keeps writers out, 0o077 readers, too.
+
+    Raises:
+        CacheRefusedError: a check failed; the message names it and the command that mends it.
+        FileNotFoundError: it is not there.
+    """
+
+    def vet(node: int, path: Path, *, is_last: bool, name: str, parent: int) -> str | None:
+        status = os.fstat(node)
+        if stat.S_ISLNK(status.st_mode) or not is_last:
+            return _vet(node, path, is_last=False, name=name, parent=parent)
+        _vet_file(status, os.fstat(parent), path, forbidden_mode)
+        return None
+
+    node = _walk(path, vet, create=False)
+    try:
+        # that very inode; a FIFO put in its place meanwhile is not in our way
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with os.fdopen(os.open(f"/proc/self/fd/{node}", flags), "rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise CacheRefusedError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(node)
+    if len(content) > most_bytes:
+        raise CacheRefusedError(f"{path} is larger than {most_bytes} bytes: make it smaller")
+    return content
+
+
+class _Check(Protocol):
+    """Vets one component; returns a link's target where it is one that may be followed."""
+
+    def __call__(
+        self, node: int, path: Path, *, is_last: bool, name: str, parent: int
+    ) -> str | None: ...
+
+
+def _walk(path: Path, vet: _Check, *, create: bool) -> int:
+    """Return an O_PATH descriptor of what is at `path`, each component vetted on the way."""
     if not path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
         raise CacheRefusedError(f"{path} must be an absolute path below / without '..'")
     if "\0" in str(path):
@@ -43,7 +101,7 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
             name = names.popleft()
             child = _open_or_make(node, name, create=create)
             try:
-                link = _vet(child, path, is_last=not names, name=name)
+                link = vet(child, path, is_last=not names, name=name, parent=node)
             except BaseException:
                 os.close(child)
                 raise
@@ -59,13 +117,12 @@ def open_private_directory(path: Path, *, create: bool = False) -> int:
             if link.startswith("/"):
                 os.close(node)
                 node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
-    except OSError as error:
-        if error.errno in (errno.ENOENT,) and not create:
+        return node
+    except BaseException as error:
+        os.close(node)
+        if not isinstance(error, OSError) or (error.errno == errno.ENOENT and not create):
             raise
         raise CacheRefusedError(f"{path}: {error.strerror}") from error
-    finally:
-        os.close(node)
 
 
 def open_private_subdirectory(parent: int, name: str, path: Path, *, create: bool = False) -> int:
@@ -105,8 +162,15 @@ def _open_or_make(parent: int, name: str, *, create: bool) -> int:
     return child
 
 
-def _vet(node: int, path: Path, *, is_last: bool, name: str) -> str | None:
-    """Check one component; return a link's target where it is one that may be followed."""
+def _vet(
+    node: int,
+    path: Path,
+    *,
+    is_last: bool,
+    name: str,
+    parent: int,  # noqa: ARG001 - of no interest here
+) -> str | None:
+    """Check one component of the way to a private directory, see `_Check`."""
     status = os.fstat(node)
     own_uid = os.geteuid()
     if stat.S_ISLNK(status.st_mode):
@@ -130,6 +194,30 @@ def _vet(node: int, path: Path, *, is_last: bool, name: str) -> str | None:
             f"{path}: {name!r} can be written by others (mode {mode:04o}): run chmod go-w on it"
         )
     return None
+
+
+def _vet_file(
+    status: os.stat_result, directory: os.stat_result, path: Path, forbidden_mode: int
+) -> None:
+    quoted, own_uid = shlex.quote(str(path)), os.geteuid()
+    if not stat.S_ISREG(status.st_mode):
+        raise CacheRefusedError(f"{path} is not a regular file: remove it with rm -r {quoted}")
+    if status.st_uid not in (0, own_uid):
+        raise CacheRefusedError(
+            f"{path} belongs to uid {status.st_uid}, not to root or uid {own_uid}: "
+            f"run sudo chown {own_uid} {quoted}, or set HOME to your own"
+        )
+    if directory.st_mode & 0o022:  # sticky or not: others could put a file there, or a link
+        raise CacheRefusedError(
+            f"the directory of {path} can be written by others: "
+            f"run chmod go-w {shlex.quote(str(path.parent))}"
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & forbidden_mode:
+        who, mending = ("read", "go-rwx") if forbidden_mode & 0o044 else ("written", "go-w")
+        raise CacheRefusedError(
+            f"{path} can be {who} by others (mode {mode:04o}): run chmod {mending} {quoted}"
+        )
 
 
 def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:

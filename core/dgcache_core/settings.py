@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dgcache_core.errors import SettingsError
+from dgcache_core.secret import SecretKey, parse_key
 
 BACKENDS = ("dg-cached", "memory", "filesystem")
 MEBIBYTE = 1 << 20
 """What DeltaGlider's own DG_CACHE_MEMORY_SIZE_MB counts in."""
+DEFAULT_CACHE_DIR = "~/.cache/deltaglider"
 
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
@@ -29,11 +31,20 @@ class Setting:
     variable: str
     parse: Callable[[str], Any]
     meaning: str
+    secret: bool = False
+    """Its value is never shown, and never in a settings file, which others may read."""
 
 
-def setting(default: Any, variable: str, parse: Callable[[str], Any], meaning: str) -> Any:
+def setting(
+    default: Any,
+    variable: str,
+    parse: Callable[[str], Any],
+    meaning: str,
+    *,
+    secret: bool = False,
+) -> Any:
     """Declare a field with its outside name."""
-    return field(default=default, metadata={"setting": Setting(variable, parse, meaning)})
+    return field(default=default, metadata={"setting": Setting(variable, parse, meaning, secret)})
 
 
 def declared(kind: "type[_Checked]") -> dict[str, Setting]:
@@ -47,6 +58,8 @@ class Resolved(Generic[T]):
 
     settings: T
     origins: dict[str, str]
+    findings: tuple[str, ...] = ()
+    """What is to be said about them, a line each."""
 
 
 def resolve(kind: type[T], environ: Mapping[str, str], overrides: Mapping[str, Any]) -> Resolved[T]:
@@ -68,7 +81,8 @@ def resolve(kind: type[T], environ: Mapping[str, str], overrides: Mapping[str, A
             try:
                 values[name] = one.parse(environ[one.variable])
             except ValueError as error:
-                raise SettingsError(f"{one.variable}={environ[one.variable]!r}: {error}") from error
+                given = one.variable if one.secret else f"{one.variable}={environ[one.variable]!r}"
+                raise SettingsError(f"{given}: {error}") from error
             origins[name] = f"environment {one.variable}"
     return Resolved(kind(**values), origins)
 
@@ -102,6 +116,18 @@ def parse_backend(text: str) -> str:
     return text.strip().lower()
 
 
+def base_directory(cache_dir: Path | None) -> Path:
+    """Return where files are kept: what was set, or the default below the home.
+
+    Raises:
+        SettingsError: there is no home.
+    """
+    try:
+        return cache_dir or Path(DEFAULT_CACHE_DIR).expanduser()
+    except RuntimeError as error:
+        raise SettingsError("there is no home directory: set DG_CACHE_DIR") from error
+
+
 class _Checked:
     """Checks by field name, so that a value given in code is held to the same as one read."""
 
@@ -109,8 +135,9 @@ class _Checked:
 
     def _require(self, name: str, ok: bool, must: str) -> None:
         if not ok:
-            variable = declared(type(self))[name].variable
-            raise SettingsError(f"{variable} (`{name}`) {must}, got {getattr(self, name)!r}")
+            one = declared(type(self))[name]
+            got = "" if one.secret else f", got {getattr(self, name)!r}"
+            raise SettingsError(f"{one.variable} (`{name}`) {must}{got}")
 
     def _require_between(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
@@ -134,6 +161,7 @@ class _Checked:
 
 
 _SOCKET_DIR = "directory of the sockets, mode 0700 (default: below XDG_RUNTIME_DIR)"
+_CACHE_DIR = f"base directory of what is kept in files (default: {DEFAULT_CACHE_DIR})"
 _TTL = "how long an entry lives after it was stored, in seconds"
 _MAX_MB = 1 << 24
 _MAX_SECONDS = 10 * 365 * 86_400
@@ -163,26 +191,21 @@ class ClientSettings(_Checked):
     connect_timeout_ms: float = setting(
         50, "DG_CACHE_CONNECT_TIMEOUT_MS", parse_number, "budget to decide for the fallback, in ms"
     )
+    encryption: bool = setting(
+        True, "DG_CACHE_ENCRYPTION", parse_boolean, "false changes nothing but a warning"
+    )
     wait_seconds: float = setting(
-        120,
-        "DG_CACHE_WAIT_SECONDS",
-        parse_number,
-        "longest wait for another process that fetches the same reference, in seconds",
+        120, "DG_CACHE_WAIT_SECONDS", parse_number, "longest wait on somebody else's fetch, in s"
     )
     report: bool = setting(
         False, "DG_CACHE_REPORT", parse_boolean, "true: one line per reference on what it saved"
     )
     socket_dir: Path | None = setting(None, "DG_CACHE_SOCKET_DIR", parse_path, _SOCKET_DIR)
-    cache_dir: Path | None = setting(
-        None,
-        "DG_CACHE_DIR",
-        parse_path,
-        "base directory of the filesystem backend (default: ~/.cache/deltaglider)",
-    )
+    cache_dir: Path | None = setting(None, "DG_CACHE_DIR", parse_path, _CACHE_DIR)
 
     def __post_init__(self) -> None:
         self._require("backend", self.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}")
-        for name in ("ephemeral", "no_cache", "report"):
+        for name in ("ephemeral", "no_cache", "encryption", "report"):
             self._require_boolean(name)
         self._require_between("fallback_size_mb", 0, _MAX_MB)
         self._require_between("ttl_seconds", 1, _MAX_SECONDS)
@@ -212,10 +235,33 @@ class DaemonSettings(_Checked):
         "byte budget in MiB (default: a tenth of the effective memory, at most 2048)",
     )
     ttl_seconds: float = setting(86_400, "DG_CACHE_TTL_SECONDS", parse_number, _TTL)
+    disk_size_mb: float = setting(
+        0, "DG_CACHE_DISK_SIZE_MB", parse_number, "budget of the disk tier in MiB; 0: no disk tier"
+    )
     socket_dir: Path | None = setting(None, "DG_CACHE_SOCKET_DIR", parse_path, _SOCKET_DIR)
+    cache_dir: Path | None = setting(None, "DG_CACHE_DIR", parse_path, _CACHE_DIR)
+    encryption_key: SecretKey | None = setting(
+        None,
+        "DG_CACHE_ENCRYPTION_KEY",
+        parse_key,
+        "32 bytes in base64; lets the disk tier outlive the daemon",
+        secret=True,
+    )
+    encryption_key_file: Path | None = setting(
+        None, "DG_CACHE_ENCRYPTION_KEY_FILE", parse_path, "private file that holds the key"
+    )
 
     def __post_init__(self) -> None:
         if self.memory_size_mb is not None:
             self._require_between("memory_size_mb", 0.25, _MAX_MB)
         self._require_between("ttl_seconds", 1, _MAX_SECONDS)
-        self._require_absolute("socket_dir")
+        self._require_between("disk_size_mb", 0, _MAX_MB)
+        for name in ("socket_dir", "cache_dir", "encryption_key_file"):
+            self._require_absolute(name)
+        key = self.encryption_key
+        self._require("encryption_key", key is None or isinstance(key, SecretKey), "must be a key")
+
+    @property
+    def disk_bytes(self) -> int:
+        """The disk tier's budget in bytes; 0 means that there is none."""
+        return int(self.disk_size_mb * MEBIBYTE)

@@ -40,6 +40,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def overwrite_variable(name: str) -> None:
+    """Blank the value of an environment variable where the kernel put it (proc(5), environ)."""
+    libc = _libc()
+    libc.getenv.restype = ctypes.c_void_p
+    address = libc.getenv(name.encode())
+    if address:
+        ctypes.memset(address, 0, len(ctypes.string_at(address)))
+
+
 def effective() -> Hardening:
     """Ask the kernel what is in effect."""
     umask = os.umask(0o077)

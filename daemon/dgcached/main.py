@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from dgcache_core.errors import CacheRefusedError, SettingsError
-from dgcache_core.settings import DaemonSettings, Resolved, resolve
+from dgcache_core.key_sources import choose_key
+from dgcache_core.settings import DaemonSettings, Resolved, declared, resolve
 from dgcached import BUILD, logs
-from dgcached.hardening import harden, raise_descriptor_limit
+from dgcached.hardening import harden, overwrite_variable, raise_descriptor_limit
 from dgcached.host_memory import Budget, choose_budget
 from dgcached.limits import Limits
 from dgcached.sockets import AlreadyServing, Listeners
@@ -20,6 +21,9 @@ EX_USAGE = 2
 EX_ALREADY = 75
 EX_REFUSED = 77
 EX_SETTINGS = 78
+
+_KEY_VARIABLE = declared(DaemonSettings)["encryption_key"].variable
+_FLAGS = set(declared(DaemonSettings)) - {"encryption_key"}  # never on a command line
 
 _EPILOG = """\
 examples:
@@ -46,21 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     except CacheRefusedError as error:
         return _fail(notifier, EX_REFUSED, str(error))
     try:
-        resolved = resolve(
-            DaemonSettings,
-            os.environ,
-            {
-                "memory_size_mb": arguments.memory_size_mb,
-                "ttl_seconds": arguments.ttl_seconds,
-                "socket_dir": arguments.socket_dir,
-            },
-        )
+        resolved = _settings(arguments)
     except SettingsError as error:
         return _fail(notifier, EX_SETTINGS, str(error))
     try:
         log = logs.set_up(arguments.log_file, verbose=arguments.verbose)
     except OSError as error:
         return _fail(notifier, EX_REFUSED, f"{arguments.log_file}: {error.strerror}")
+    for finding in resolved.findings:
+        logs.event(logging.WARNING, "settings", finding=finding)
     budget = choose_budget(resolved.settings.memory_size_mb)
     if budget.clamped:
         logs.event(
@@ -82,6 +80,17 @@ def main(argv: list[str] | None = None) -> int:
     raise_descriptor_limit()
     supervisor = "systemd" if supervised_by_systemd() else "none"
     return asyncio.run(_serve(resolved, budget, listeners, notifier, limits, supervisor, log))
+
+
+def _settings(arguments: argparse.Namespace) -> Resolved[DaemonSettings]:
+    """Read every setting, the key included, and take the key out of the environment."""
+    flags = {name: value for name, value in vars(arguments).items() if name in _FLAGS}
+    try:
+        resolved = resolve(DaemonSettings, os.environ, flags)
+        return choose_key(resolved, os.environ.get("CREDENTIALS_DIRECTORY", ""))
+    finally:
+        overwrite_variable(_KEY_VARIABLE)
+        os.environ.pop(_KEY_VARIABLE, None)
 
 
 async def _serve(
@@ -121,6 +130,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--socket-dir", type=Path, metavar="DIR", help="place of the sockets (DG_CACHE_SOCKET_DIR)"
+    )
+    parser.add_argument(
+        "--disk-size-mb", type=float, metavar="MB", help="disk tier (DG_CACHE_DISK_SIZE_MB)"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="base of the disk tier (DG_CACHE_DIR)"
+    )
+    parser.add_argument(
+        "--encryption-key-file",
+        type=Path,
+        metavar="FILE",
+        help="private file with the key (DG_CACHE_ENCRYPTION_KEY_FILE)",
     )
     parser.add_argument(
         "--log-file",

@@ -19,21 +19,27 @@ NUMBERS = [
     (ClientSettings, "fallback_size_mb", "DG_CACHE_FALLBACK_SIZE_MB"),
     (ClientSettings, "ttl_seconds", "DG_CACHE_TTL_SECONDS"),
     (ClientSettings, "connect_timeout_ms", "DG_CACHE_CONNECT_TIMEOUT_MS"),
+    (ClientSettings, "wait_seconds", "DG_CACHE_WAIT_SECONDS"),
     (DaemonSettings, "memory_size_mb", "DG_CACHE_MEMORY_SIZE_MB"),
     (DaemonSettings, "ttl_seconds", "DG_CACHE_TTL_SECONDS"),
+    (DaemonSettings, "disk_size_mb", "DG_CACHE_DISK_SIZE_MB"),
 ]
 BOOLEANS = [
     (ClientSettings, "ephemeral", "DG_EPHEMERAL_CACHE"),
     (ClientSettings, "no_cache", "DG_NO_CACHE"),
     (ClientSettings, "report", "DG_CACHE_REPORT"),
+    (ClientSettings, "encryption", "DG_CACHE_ENCRYPTION"),
 ]
 PATHS = [
     (ClientSettings, "socket_dir", "DG_CACHE_SOCKET_DIR"),
     (ClientSettings, "cache_dir", "DG_CACHE_DIR"),
     (DaemonSettings, "socket_dir", "DG_CACHE_SOCKET_DIR"),
+    (DaemonSettings, "cache_dir", "DG_CACHE_DIR"),
+    (DaemonSettings, "encryption_key_file", "DG_CACHE_ENCRYPTION_KEY_FILE"),
 ]
 CHOICES = [(ClientSettings, "backend", "DG_CACHE_BACKEND")]
-ALL = [*NUMBERS, *BOOLEANS, *PATHS, *CHOICES]
+KEYS = [(DaemonSettings, "encryption_key", "DG_CACHE_ENCRYPTION_KEY")]  # see test_secret.py
+ALL = [*NUMBERS, *BOOLEANS, *PATHS, *CHOICES, *KEYS]
 
 
 def read(kind: Kind, environ: Mapping[str, str], **overrides: Any) -> Any:
@@ -63,7 +69,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (client.backend, client.ephemeral, client.no_cache) == ("dg-cached", False, False)
     assert (client.fallback_size_mb, client.fallback_bytes) == (1024, 1 << 30)
     assert (client.ttl_seconds, client.connect_timeout_ms, client.report) == (86_400, 50, False)
+    assert (client.encryption, client.wait_seconds) == (True, 120)
     assert (daemon.memory_size_mb, daemon.ttl_seconds, daemon.socket_dir) == (None, 86_400, None)
+    assert (daemon.disk_size_mb, daemon.disk_bytes, daemon.cache_dir) == (0, 0, None)
+    assert (daemon.encryption_key, daemon.encryption_key_file) == (None, None)
 
 
 @pytest.mark.parametrize(("kind", "name", "variable"), NUMBERS)
@@ -103,8 +112,10 @@ def test_what_is_no_proper_number_is_refused_by_name(
         (ClientSettings, "fallback_size_mb", 0, 1 << 24),
         (ClientSettings, "ttl_seconds", 1, 315_360_000),
         (ClientSettings, "connect_timeout_ms", 1, 60_000),
+        (ClientSettings, "wait_seconds", 0, 3600),
         (DaemonSettings, "memory_size_mb", 0.25, 1 << 24),
         (DaemonSettings, "ttl_seconds", 1, 315_360_000),
+        (DaemonSettings, "disk_size_mb", 0, 1 << 24),
     ],
 )
 def test_numbers_have_bounds(kind: Kind, name: str, low: float, high: float) -> None:
@@ -215,6 +226,7 @@ def test_unknown_variables_are_nobodys_business() -> None:
         ],
         *[(kind, {name: value}) for kind, name, _ in BOOLEANS for value in (1, "true", None)],
         *[(kind, {name: value}) for kind, name, _ in PATHS for value in ("/x", Path("x"), b"/x")],
+        *[(kind, {name: value}) for kind, name, _ in KEYS for value in ("x" * 44, bytes(32), 1)],
         *[(ClientSettings, {"backend": value}) for value in ("MEMORY", "", None, 1, [])],
     ],
     ids=lambda case: str(case)[:40],

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,33 @@ _UNITS = ("dg-cached.socket", "dg-cached.service")
 _PATIENT_MS = 2000
 
 
+def _from_here(text: str) -> Path:
+    """Return a path that means the same in the daemon, whose working directory is /."""
+    return Path(text).absolute()
+
+
+_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "memory_size_mb": (float, "MB", "its byte budget in MiB"),
+    "ttl_seconds": (float, "S", "life of an entry"),
+    "disk_size_mb": (float, "MB", "budget of its disk tier in MiB; 0: none"),
+    "cache_dir": (_from_here, "DIR", "base directory of its disk tier"),
+    "encryption_key_file": (_from_here, "FILE", "private file that holds its key"),
+}
+"""What `start` passes on to the daemon; never the key itself."""
+
+
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this group's commands."""
     start = commands.add_parser("start", help="start the daemon; returns when it serves")
-    start.add_argument("--memory-size-mb", type=float, metavar="MB", help="its byte budget in MiB")
-    start.add_argument("--ttl-seconds", type=float, metavar="S", help="life of an entry")
+    for name, (kind, metavar, text) in _OPTIONS.items():
+        start.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
     start.set_defaults(run=_start)
 
     stop = commands.add_parser("stop", help="stop the daemon; returns when it has ended")
     stop.set_defaults(run=_stop)
 
     restart = commands.add_parser("restart", help="stop, then start; the cache begins empty")
-    restart.set_defaults(run=_restart, memory_size_mb=None, ttl_seconds=None)
+    restart.set_defaults(run=_restart, **dict.fromkeys(_OPTIONS))
 
     status = commands.add_parser("status", help="how the daemon is, and what it saved")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -40,6 +56,10 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="the last N lines")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
     logs.set_defaults(run=_logs)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def patient(settings: Settings) -> Settings:
@@ -54,10 +74,9 @@ def patient(settings: Settings) -> Settings:
 def _start(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     options: list[str] = []
-    if arguments.memory_size_mb is not None:
-        options += ["--memory-size-mb", str(arguments.memory_size_mb)]
-    if arguments.ttl_seconds is not None:
-        options += ["--ttl-seconds", str(arguments.ttl_seconds)]
+    for name in _OPTIONS:
+        if getattr(arguments, name) is not None:
+            options += [_flag(name), str(getattr(arguments, name))]
     started = launcher.start(os.environ, settings.socket_dir, options=tuple(options))
     if started is not None:
         started.returncode = 0  # it lives on without us
