@@ -43,8 +43,10 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a heading; the first column may fold, the others stay whole."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], folding: Sequence[int] = (0,)
+) -> None:
+    """Print rows under a heading; the columns of `folding` may fold, the others stay whole."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +54,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index > 0)
+        table.add_column(column, overflow="fold", no_wrap=index not in folding)
     for row in rows:
         table.add_row(*map(Text, row))
     Console(highlight=False).print(table)

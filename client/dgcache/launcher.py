@@ -26,12 +26,14 @@ from dgcache_core.errors import (
     CacheRefusedError,
     CacheUnavailableError,
     DaemonAbsentError,
+    SettingsError,
 )
 from dgcache_core.runtime_directory import DAEMON_LOCK, candidates, make_first_usable
 
 START_LOCK = "start.lock"
 _UCRED = struct.Struct("3i")
 _ALREADY_SERVING = 75
+_KINDS: dict[int, type[CacheError]] = {77: CacheRefusedError, 78: SettingsError}
 _PROBE_SECONDS = 1.0
 
 
@@ -67,6 +69,7 @@ def start(
     Raises:
         CacheUnavailableError: it did not come up; the message has its own last word.
         CacheRefusedError: a directory failed its check.
+        SettingsError: one of its settings is wrong.
     """
     deadline = time.monotonic() + budget_seconds
     log_file = log_file or default_log_file(environ)
@@ -239,7 +242,7 @@ def _wait_until_ready(
             code = child.wait()
             if code == _ALREADY_SERVING:
                 return None
-            kind = CacheRefusedError if code == 77 else CacheUnavailableError
+            kind = _KINDS.get(code, CacheUnavailableError)
             raise kind(status or f"dg-cached ended with status {code}: see {log_file}")
     finally:
         os.close(pidfd)

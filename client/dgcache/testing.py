@@ -37,6 +37,7 @@ def running_daemon(size_mb: float = 64, python: str = sys.executable) -> Iterato
         socket_dir = Path(base, "s")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DG_")}
         environment["DG_CACHE_SOCKET_DIR"] = str(socket_dir)
+        environment["XDG_CONFIG_HOME"] = str(Path(base, "config"))  # no file of the user's
         options = ("--memory-size-mb", str(size_mb))
         process = launcher.start(
             environment,

@@ -201,7 +201,7 @@ def _vet_file(
 ) -> None:
     quoted, own_uid = shlex.quote(str(path)), os.geteuid()
     if not stat.S_ISREG(status.st_mode):
-        raise CacheRefusedError(f"{path} is not a regular file: remove it with rm -r {quoted}")
+        raise CacheRefusedError(f"{path} is not a regular file: put one in its place")
     if status.st_uid not in (0, own_uid):
         raise CacheRefusedError(
             f"{path} belongs to uid {status.st_uid}, not to root or uid {own_uid}: "

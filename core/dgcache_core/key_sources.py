@@ -60,7 +60,7 @@ def _sources(resolved: Resolved[DaemonSettings], credentials_directory: str) -> 
     if file is not None:
         origin = resolved.origins["encryption_key_file"]
         rank = 0 if origin == "flag" else 2 if origin.startswith("environment ") else 4
-        ranked.append((rank, (f"{file} ({origin})", lambda: _read(file, _PRIVATE))))
+        ranked.append((rank, (f"{file}, named by {origin}", lambda: _read(file, _PRIVATE))))
     credential = Path(credentials_directory) / CREDENTIAL
     if credentials_directory.startswith("/") and os.path.lexists(credential):
         name = f"credential {CREDENTIAL}"

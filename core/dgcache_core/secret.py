@@ -4,7 +4,7 @@ Whoever is given a `SecretKey` uses it through `view` and wipes it when it is ne
 the interpreter copied on the way (the text of a variable, a decoder's result) is freed, not wiped.
 """
 
-import base64
+import binascii
 from typing import NoReturn, Self
 
 KEY_BYTES = 32
@@ -68,12 +68,12 @@ def parse_key(text: str) -> SecretKey:
     if len(plain) == 43:
         plain += "="
     try:
-        key = base64.b64decode(plain, validate=True)
-    except ValueError:  # binascii.Error, too
+        key = binascii.a2b_base64(plain, strict_mode=True)
+    except ValueError:  # binascii.Error, and characters beyond ASCII
         raise ValueError(f"{ACCEPTED}; this has other characters, or not as many") from None
     if len(key) != KEY_BYTES:
         raise ValueError(f"{ACCEPTED}; this has {len(text.strip())}")
-    if base64.b64encode(key).decode() != plain:
+    if binascii.b2a_base64(key, newline=False).decode() != plain:
         raise ValueError(f"{ACCEPTED}; the last character of this holds more than the 32 bytes")
     return SecretKey(key)
 

@@ -1,11 +1,12 @@
 """Settings: frozen, checked when they are made, with their unit in the name.
 
 Each field names the environment variable it answers to and how its text is read. Nothing here reads
-the environment; an entry point passes it in, once. `resolve` also tells where each value came from.
+the environment; an entry point passes it in, once (`settings_files.read_settings`). `resolve` also
+tells where each value came from.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,11 @@ MEBIBYTE = 1 << 20
 """What DeltaGlider's own DG_CACHE_MEMORY_SIZE_MB counts in."""
 DEFAULT_CACHE_DIR = "~/.cache/deltaglider"
 
+_UNSET = {
+    "cache_dir": DEFAULT_CACHE_DIR,
+    "encryption_key": "ephemeral",
+    "encryption_key_file": "none",
+}
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -53,17 +59,34 @@ def declared(kind: "type[_Checked]") -> dict[str, Setting]:
 
 
 @dataclass(frozen=True, slots=True)
+class FileLayer:
+    """What one settings file says for one party, and the ceilings it sets."""
+
+    path: Path
+    values: Mapping[str, Any]
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved(Generic[T]):
     """Settings and, for every field, where its value came from."""
 
     settings: T
-    origins: dict[str, str]
+    origins: Mapping[str, str]
+    """`flag`, `environment NAME`, a file's path, `default`, or `ceiling` and what set it."""
     findings: tuple[str, ...] = ()
     """What is to be said about them, a line each."""
+    ceilings: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    """What nobody exceeds, by field name, and the file that says so."""
 
 
-def resolve(kind: type[T], environ: Mapping[str, str], overrides: Mapping[str, Any]) -> Resolved[T]:
-    """Build settings: an override beats the environment, the environment beats the default.
+def resolve(
+    kind: type[T],
+    environ: Mapping[str, str],
+    overrides: Mapping[str, Any],
+    files: Sequence[FileLayer] = (),
+) -> Resolved[T]:
+    """Build settings: override, environment, files in their order, default; then the ceilings.
 
     Raises:
         SettingsError: a value does not parse, is out of range, or an override is unknown.
@@ -78,13 +101,73 @@ def resolve(kind: type[T], environ: Mapping[str, str], overrides: Mapping[str, A
         if overrides.get(name) is not None:
             values[name], origins[name] = overrides[name], "flag"
         elif environ.get(one.variable):
-            try:
-                values[name] = one.parse(environ[one.variable])
-            except ValueError as error:
-                given = one.variable if one.secret else f"{one.variable}={environ[one.variable]!r}"
-                raise SettingsError(f"{given}: {error}") from error
+            values[name] = _parsed(one, environ[one.variable])
             origins[name] = f"environment {one.variable}"
-    return Resolved(kind(**values), origins)
+        else:
+            for layer in files:
+                if name in layer.values:
+                    values[name], origins[name] = layer.values[name], str(layer.path)
+                    break
+    ceilings = {
+        name: (limit, str(layer.path)) for layer in files for name, limit in layer.limits.items()
+    }
+    return _below(ceilings, Resolved(kind(**values), origins, ceilings=ceilings))
+
+
+def _parsed(one: Setting, text: str) -> Any:
+    try:
+        return one.parse(text)
+    except ValueError as error:
+        given = one.variable if one.secret else f"{one.variable}={text!r}"
+        raise SettingsError(f"{given}: {error}") from error
+
+
+def _below(ceilings: Mapping[str, tuple[float, str]], resolved: Resolved[T]) -> Resolved[T]:
+    """Clamp what exceeds its ceiling, and say so where somebody had wished for it."""
+    for name, (limit, setter) in ceilings.items():
+        wanted = getattr(resolved.settings, name)
+        if wanted is not None and wanted > limit:
+            resolved = clamped(resolved, name, limit, setter, wanted)
+    return resolved
+
+
+def clamped(
+    resolved: Resolved[T], name: str, limit: float, setter: str, wanted: float | None = None
+) -> Resolved[T]:
+    """Return the settings with one lowered to a ceiling.
+
+    Args:
+        resolved: the settings.
+        name: the field.
+        limit: its value from now on.
+        setter: whose ceiling it is.
+        wanted: what was wished for; None where it was only the default.
+    """
+    origin, said = resolved.origins[name], f"ceiling {setter}"
+    findings = resolved.findings
+    if wanted is not None and origin != "default":
+        said += f" ({as_text(name, wanted)} wanted by {origin})"
+        variable = declared(type(resolved.settings))[name].variable
+        findings = (*findings, f"{variable} is {as_text(name, limit)}: {said}")
+    return dataclasses.replace(
+        resolved,
+        settings=dataclasses.replace(resolved.settings, **{name: limit}),  # type: ignore[type-var] # every subclass is a dataclass
+        origins={**resolved.origins, name: said},
+        findings=findings,
+    )
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a value as people read it; of a key, only whether there is one."""
+    if value is None:
+        return _UNSET.get(name, "automatic")
+    if isinstance(value, SecretKey):
+        return "set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return str(value)
 
 
 def parse_boolean(text: str) -> bool:

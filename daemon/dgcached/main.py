@@ -3,13 +3,15 @@
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
 
 from dgcache_core.errors import CacheRefusedError, SettingsError
 from dgcache_core.key_sources import choose_key
-from dgcache_core.settings import DaemonSettings, Resolved, declared, resolve
+from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, clamped, declared
+from dgcache_core.settings_files import read_settings
 from dgcached import BUILD, logs
 from dgcached.hardening import harden, overwrite_variable, raise_descriptor_limit
 from dgcached.host_memory import Budget, choose_budget
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(notifier, EX_REFUSED, f"{arguments.log_file}: {error.strerror}")
     for finding in resolved.findings:
         logs.event(logging.WARNING, "settings", finding=finding)
-    budget = choose_budget(resolved.settings.memory_size_mb)
+    resolved, budget = _budget(resolved)
     if budget.clamped:
         logs.event(
             logging.WARNING,
@@ -86,11 +88,27 @@ def _settings(arguments: argparse.Namespace) -> Resolved[DaemonSettings]:
     """Read every setting, the key included, and take the key out of the environment."""
     flags = {name: value for name, value in vars(arguments).items() if name in _FLAGS}
     try:
-        resolved = resolve(DaemonSettings, os.environ, flags)
+        resolved = read_settings(DaemonSettings, os.environ, flags)
         return choose_key(resolved, os.environ.get("CREDENTIALS_DIRECTORY", ""))
     finally:
         overwrite_variable(_KEY_VARIABLE)
         os.environ.pop(_KEY_VARIABLE, None)
+
+
+def _budget(
+    resolved: Resolved[DaemonSettings],
+) -> tuple[Resolved[DaemonSettings], Budget]:
+    """Choose the byte budget below the administrator's ceiling and what memory there is."""
+    wanted = resolved.settings.memory_size_mb
+    budget = choose_budget(wanted)
+    ceiling, setter = resolved.ceilings.get("memory_size_mb", (math.inf, ""))
+    if budget.max_bytes > ceiling * MEBIBYTE:  # the default's: a wish was clamped before
+        resolved = clamped(resolved, "memory_size_mb", ceiling, setter)
+        budget = choose_budget(ceiling)
+    elif budget.clamped:
+        largest = budget.max_bytes / MEBIBYTE
+        resolved = clamped(resolved, "memory_size_mb", largest, "host memory", wanted)
+    return resolved, budget
 
 
 async def _serve(

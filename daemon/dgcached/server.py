@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.runtime_directory import candidates, make_first_usable
-from dgcache_core.settings import DEFAULT_CACHE_DIR, MEBIBYTE, DaemonSettings, Resolved, declared
+from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, as_text, declared
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached import BUILD
@@ -250,18 +250,17 @@ class Daemon:
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:
-        settings = self._resolved.settings
-        effective = {
+        values = {
+            **{
+                field: getattr(self._resolved.settings, field) for field in declared(DaemonSettings)
+            },
             "memory_size_mb": self._budget.max_bytes / MEBIBYTE,
             "socket_dir": self._listeners.directory,
-            "cache_dir": settings.cache_dir or DEFAULT_CACHE_DIR,
-            "encryption_key": "ephemeral" if settings.encryption_key is None else "set",
-            "encryption_key_file": settings.encryption_key_file or "none",
         }
         return [
             pb.EffectiveSetting(
                 name=one.variable,
-                value=_as_text(effective.get(field, getattr(settings, field))),
+                value=_as_text(as_text(field, values[field])),
                 origin=_as_text(self._resolved.origins[field]),
             )
             for field, one in declared(DaemonSettings).items()

@@ -110,7 +110,7 @@ def test_restart_begins_with_an_empty_cache(shell: Shell) -> None:
 
 def test_a_start_that_fails_says_why(cold: Shell) -> None:
     """The daemon's own last word, and its exit status."""
-    text = cold.refused("start", "--memory-size-mb", "-1", status=69)
+    text = cold.refused("start", "--memory-size-mb", "-1", status=78)
     assert "DG_CACHE_MEMORY_SIZE_MB" in text
     (cold.base / "s").chmod(0o755)
     text = cold.refused("start", status=77)
@@ -195,12 +195,12 @@ def test_config_tells_each_value_and_its_origin(shell: Shell) -> None:
     """And a difference between here and the daemon, with the command that applies it."""
     config = json.loads(shell.said("config", "--json", DG_CACHE_TTL_SECONDS="100"))
     client = {one["name"]: one for one in config["client"]}
-    assert client["DG_CACHE_TTL_SECONDS"]["value"] == 100
+    assert client["DG_CACHE_TTL_SECONDS"]["value"] == "100"
     assert client["DG_CACHE_TTL_SECONDS"]["origin"] == "environment DG_CACHE_TTL_SECONDS"
     assert client["DG_CACHE_BACKEND"]["origin"] == "default"
     daemon = {one["name"]: one for one in config["daemon"]}
     assert daemon["DG_CACHE_TTL_SECONDS"]["value"] == "86400"
-    assert ["dg-cache restart" in line for line in config["differences"]] == [True]
+    assert ["dg-cache restart" in line for line in config["findings"]] == [True]
     text = shell.said("config")
     assert max(map(len, text.splitlines())) <= 80
 

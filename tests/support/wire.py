@@ -163,7 +163,8 @@ def running(
 
 def own_environment() -> dict[str, str]:
     """Return this process's environment without any setting of ours."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "XDG_", "LISTEN_"))}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "XDG_", "LISTEN_"))}
+    return {**own, "XDG_CONFIG_HOME": "/nonexistent"}
 
 
 @contextmanager

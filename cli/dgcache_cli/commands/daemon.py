@@ -13,6 +13,7 @@ from typing import Any
 from dgcache import Settings, launcher
 from dgcache.cache import connect
 from dgcache_cli import exits
+from dgcache_cli.findings import findings
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
 from dgcache_core.errors import CacheError, CacheUnavailableError, DaemonAbsentError
 
@@ -133,11 +134,13 @@ def _ask(settings: Settings) -> dict[str, Any]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    status = _ask(Settings.from_environment())
+    client = Settings.resolved()
+    status = _ask(client.settings)
+    found = findings(os.environ, client, status)
     if arguments.json:
-        print_json(status)
+        print_json({**status, "findings": found})
     else:
-        print_fields(_described(status))
+        print_fields([*_described(status), *(("finding", text) for text in found)])
     return exits.OK
 
 

@@ -12,9 +12,11 @@ from dgcache import Settings
 from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.commands.daemon import patient
-from dgcache_cli.output import print_json, print_table
+from dgcache_cli.example import example
+from dgcache_cli.findings import daemon_from_here, findings
+from dgcache_cli.output import print_fields, print_json, print_table
 from dgcache_core.errors import CacheError, CacheUnavailableError, InvalidReferenceError
-from dgcache_core.settings import declared, resolve
+from dgcache_core.settings import ClientSettings, DaemonSettings, Resolved, as_text, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
 _PLACEHOLDER = "@DG_CACHED@"
@@ -23,7 +25,11 @@ _PLACEHOLDER = "@DG_CACHED@"
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this group's commands."""
     config = commands.add_parser("config", help="each effective setting and where it comes from")
-    config.add_argument("--json", action="store_true", help="print JSON")
+    form = config.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument(
+        "--example", action="store_true", help="print a settings file with every setting, commented"
+    )
     config.set_defaults(run=_config)
 
     install = commands.add_parser("install", help="put the systemd user units in place")
@@ -41,62 +47,64 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    resolved = resolve(Settings, os.environ, {})
-    client = [
-        {
-            "name": one.variable,
-            "value": getattr(resolved.settings, field),
-            "origin": resolved.origins[field],
-            "meaning": one.meaning,
-        }
-        for field, one in declared(Settings).items()
-    ]
-    daemon = _daemon_settings(resolved.settings)
-    differences = _differences(client, daemon)
+    if arguments.example:
+        print(example(), end="")
+        return exits.OK
+    client, here = Settings.resolved(), daemon_from_here(os.environ)
+    status = _status_of_daemon(client.settings)
+    found = findings(os.environ, client, status)
+    shown = {
+        "client": _effective(Settings, client),
+        "daemon": None if status is None else status["settings"],
+        "next_daemon": _effective(DaemonSettings, here),
+    }
     if arguments.json:
-        print_json({"client": client, "daemon": daemon, "differences": differences})
+        print_json({**shown, "findings": found})
         return exits.OK
-    print("client")
-    print_table(("setting", "value", "from"), [_row(one) for one in client])
-    if daemon is None:
-        print("daemon: not running (dg-cache start)")
-        return exits.OK
-    print("daemon")
-    print_table(("setting", "value", "from"), [_row(one) for one in daemon])
-    for difference in differences:
-        print(difference)
+    running = shown["daemon"]
+    titles = {
+        "client": shown["client"],
+        "daemon" if running else "daemon: not running; dg-cache start would give it": (
+            running or shown["next_daemon"]
+        ),
+    }
+    for title, settings in titles.items():
+        print(title)
+        print_table(("setting", "value", "from"), [_row(one) for one in settings or []], (1, 2))
+    print_fields([("finding", text) for text in found])
     return exits.OK
 
 
+def _effective(
+    kind: type[ClientSettings | DaemonSettings],
+    resolved: "Resolved[Settings] | Resolved[DaemonSettings]",
+) -> list[dict[str, Any]]:
+    """Return each value with its origin; a key is "set" or not, and no more is told."""
+    return [
+        {
+            "name": one.variable,
+            "value": as_text(field, getattr(resolved.settings, field)),
+            "origin": resolved.origins[field],
+            "meaning": one.meaning,
+        }
+        for field, one in declared(kind).items()
+    ]
+
+
 def _row(one: dict[str, Any]) -> tuple[str, str, str]:
-    value = one["value"]
-    shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return one["name"], shown, one["origin"].split()[0]
+    said_already = one["origin"] == f"environment {one['name']}"
+    return one["name"], one["value"], "environment" if said_already else one["origin"]
 
 
-def _daemon_settings(settings: Settings) -> list[dict[str, Any]] | None:
+def _status_of_daemon(settings: Settings) -> dict[str, Any] | None:
     try:
         daemon = connect(patient(settings))
     except CacheError:
         return None
     try:
-        settings_of_daemon: list[dict[str, Any]] = daemon.status()["settings"]
-        return settings_of_daemon
+        return daemon.status()
     finally:
         daemon.close()
-
-
-def _differences(client: list[dict[str, Any]], daemon: list[dict[str, Any]] | None) -> list[str]:
-    """Name what was set here and is otherwise in the daemon."""
-    theirs = {one["name"]: one["value"] for one in daemon or []}
-    return [
-        f"{one['name']} is {one['value']} here and {theirs[one['name']]} in the daemon: "
-        "dg-cache restart applies it"
-        for one in client
-        if one["origin"] != "default"
-        and one["name"] in theirs
-        and str(one["value"]) != theirs[one["name"]]
-    ]
 
 
 def _install(_: argparse.Namespace) -> int:
