@@ -4,7 +4,6 @@ Whoever is given a `SecretKey` uses it through `view` and wipes it when it is ne
 the interpreter copied on the way (the text of a variable, a decoder's result) is freed, not wiped.
 """
 
-import binascii
 from typing import NoReturn, Self
 
 KEY_BYTES = 32
@@ -62,6 +61,8 @@ def parse_key(text: str) -> SecretKey:
     Raises:
         ValueError: wrong length or alphabet. The message does not hold the text.
     """
+    import binascii  # most readers of settings have no key
+
     plain = text.strip()
     if not ("+" in plain or "/" in plain):
         plain = plain.translate(_URL_SAFE)
