@@ -1,7 +1,8 @@
 """What a file of the disk tier holds: a signed header, then the very bytes of the sealed blob.
 
-`prefix | encrypted header | MAC | sealed blob`. The sealed blob is what memory holds (`aead`), so
-writing and reading encrypt nothing anew. The parts of the header:
+`prefix | encrypted header | MAC | seal | chunk | chunk | …`. Seal and chunks are what memory holds
+(`aead`), so writing and reading encrypt nothing anew. The blob's own header, which has the digest
+in clear, is not written: it follows from the encrypted one. The parts of the header:
 
 - the *prefix*, in clear: magic, version, flags, length of the header, which key, which generation,
   nonce. It tells whose the file is and nothing of what is in it;
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from dgcache_core.aead import TAG_BYTES, Frame, open_bytes, seal_bytes
+from dgcache_core.aead import HEADER_BYTES, TAG_BYTES, Frame, open_bytes, seal_bytes
 from dgcache_core.errors import CacheCorruptionError, InvalidReferenceError
 from dgcache_core.keyslab import KEY_BYTES
 from dgcache_core.references import Deltaspace, Sha256
@@ -81,6 +82,16 @@ class DiskHeader:
         with memoryview(self.wrapped_key) as wrapped:
             digest = bytes.fromhex(self.sha256)
             open_bytes(keys.key_wrapping, self.wrap_nonce, wrapped, digest, out)
+
+
+def body_bytes(frame: Frame) -> int:
+    """Return how long seal and chunks of a blob are."""
+    return frame.sealed_bytes - HEADER_BYTES
+
+
+def blob_header(frame: Frame, sha256: Sha256) -> bytes:
+    """Return the start of a sealed blob, which its file does not have."""
+    return frame.pack() + bytes.fromhex(sha256)
 
 
 def read_prefix(data: bytes, keys: TierKeys) -> Prefix:

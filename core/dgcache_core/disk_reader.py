@@ -9,9 +9,17 @@ import mmap
 import os
 from contextlib import suppress
 
-from dgcache_core.aead import Frame, open_header
+from dgcache_core.aead import HEADER_BYTES, Frame, open_header
 from dgcache_core.disk_files import read_at, require_own_file
-from dgcache_core.disk_format import PREFIX_BYTES, DiskHeader, Origin, open_disk_header, read_prefix
+from dgcache_core.disk_format import (
+    PREFIX_BYTES,
+    DiskHeader,
+    Origin,
+    blob_header,
+    body_bytes,
+    open_disk_header,
+    read_prefix,
+)
 from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_records import DiskEventKind, LoadedBlob
 from dgcache_core.disk_table import DiskTable
@@ -100,7 +108,7 @@ def judge_file(descriptor: int, keys: TierKeys, name: str) -> tuple[Origin, Disk
         raise CacheCorruptionError("the file has the name of another")
     if (header.uid, header.generation) != (os.geteuid(), keys.generation.counter):
         raise CacheCorruptionError("the file was written by another user or in another generation")
-    if os.fstat(descriptor).st_size != len(packed) + header.frame.sealed_bytes:
+    if os.fstat(descriptor).st_size != len(packed) + body_bytes(header.frame):
         raise CacheCorruptionError("the file's length does not fit its header")
     return prefix.origin, header
 
@@ -108,7 +116,7 @@ def judge_file(descriptor: int, keys: TierKeys, name: str) -> tuple[Origin, Disk
 def read_blob(
     descriptor: int, header: DiskHeader, keys: TierKeys, allocate: Allocate, slab: KeySlab
 ) -> tuple[mmap.mmap, KeySlot]:
-    """Copy the sealed blob behind a judged header into memory, and its key into a slot.
+    """Put the sealed blob behind a judged header into memory, and its key into a slot.
 
     Raises:
         CacheCorruptionError: the file ends early, or the blob's seal does not fit.
@@ -116,13 +124,14 @@ def read_blob(
         OSError: the disk says no.
     """
     frame = header.frame
-    offset = os.fstat(descriptor).st_size - frame.sealed_bytes
+    offset = os.fstat(descriptor).st_size - body_bytes(frame)
     blob = allocate(frame.sealed_bytes)
     key: KeySlot | None = None
     try:
         key = slab.new_key()
-        with memoryview(blob) as view:
-            if read_at(descriptor, view, offset) < len(view):
+        with memoryview(blob) as view, view[HEADER_BYTES:] as body:
+            view[:HEADER_BYTES] = blob_header(frame, header.sha256)
+            if read_at(descriptor, body, offset) < len(body):
                 raise CacheCorruptionError("the file ends early")
             header.unwrap_into(keys, key.view)
             require_vouched(key.view, view, frame, header.sha256)

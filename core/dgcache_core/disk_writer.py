@@ -8,9 +8,9 @@ descriptor of its own before the file gets its name.
 import os
 from collections.abc import Callable
 
-from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, open_chunk
+from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, open_chunk
 from dgcache_core.disk_files import read_at, require_own_file
-from dgcache_core.disk_format import seal_disk_header
+from dgcache_core.disk_format import body_bytes, seal_disk_header
 from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_reader import require_vouched
@@ -46,7 +46,7 @@ class DiskWriter:
             stored.deltaspaces,
             ephemeral=not self._ring.is_persistent,
         )
-        size = len(header) + len(stored.blob)
+        size = len(header) + body_bytes(stored.frame)
         if page_rounded(size) > self._table.index.max_bytes:
             with self._table.lock:
                 self._table.remember(stored.sha256, MissReason.TOO_LARGE)
@@ -102,7 +102,7 @@ class DiskWriter:
 
     def _write_file(self, name: str, header: bytes, stored: StoredBlob) -> Ledger:
         directory, durable = self._table.directory, self._ring.is_persistent
-        size = len(header) + len(stored.blob)
+        size = len(header) + body_bytes(stored.frame)
         with directory.new_file(size) as (new, descriptor):
             self._write_checked(descriptor, header, stored)
             if durable:
@@ -116,15 +116,15 @@ class DiskWriter:
         frame, blob = stored.frame, stored.blob
         require_vouched(stored.key, blob, frame, stored.sha256)
         write_at(descriptor, memoryview(header), 0)
-        with blob[:BODY_OFFSET] as start:
-            write_at(descriptor, start, len(header))
+        with blob[HEADER_BYTES:BODY_OFFSET] as seal:
+            write_at(descriptor, seal, len(header))
         with self._scratch.borrow() as plain:
             for index in range(frame.chunks):
                 with plain[: frame.plain_span(index)[1]] as checked:
                     open_chunk(stored.key, frame, index, blob, checked)
                 span = frame.sealed_span(index)
                 with blob[span] as chunk:
-                    write_at(descriptor, chunk, len(header) + span.start)
+                    write_at(descriptor, chunk, len(header) - HEADER_BYTES + span.start)
 
 
 def _require_written(new: str, descriptor: int, again: int, header: bytes, size: int) -> None:

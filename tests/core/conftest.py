@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dgcache_core.memory_store import MemoryStore
 
 from .support import HandClock, open_descriptors
+from .tier import Tier
 
 MIB = 1 << 20
 DAY = 86_400.0
@@ -50,6 +52,15 @@ def make_store(clock: HandClock) -> Iterator[Callable[..., MemoryStore]]:
 def store(make_store: Callable[..., MemoryStore]) -> MemoryStore:
     """An empty store of 32 MiB."""
     return make_store()
+
+
+@pytest.fixture
+def tier(short_directory: Path) -> Iterator[Tier]:
+    """A directory for the disk tier, and what its stores are opened with."""
+    made = Tier(short_directory.resolve() / "tier")
+    yield made
+    made.close()
+    made.slab.close()
 
 
 @pytest.fixture
