@@ -211,7 +211,7 @@ class DaemonBackend:
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         status["store"] = _with_numbers(status["store"])
-        for part in ("hardening", "leases", "security_events", "monitor", "pressure"):
+        for part in ("hardening", "leases", "security_events", "monitor", "pressure", "disk"):
             status[part] = _with_numbers(status.get(part, {}))  # an older daemon has not all
         status["directory"] = str(self._session.directory)
         return status
@@ -363,6 +363,7 @@ def _entry_info(entry: pb.Entry) -> EntryInfo:
         hits=entry.hits,
         stored_by=entry.stored_by,
         held=entry.held,
+        tier=entry.tier or "memory",
     )
 
 

@@ -140,7 +140,7 @@ def open_private_subdirectory(parent: int, name: str, path: Path, *, create: boo
     """
     node = _open_or_make(parent, name, create=create)
     try:
-        _vet(node, path, is_last=True, name=name)
+        _vet(node, path, is_last=True, name=name, parent=parent)
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
     finally:
         os.close(node)

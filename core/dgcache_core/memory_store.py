@@ -35,6 +35,7 @@ from dgcache_core.aead import (
 )
 from dgcache_core.bindings import Bindings
 from dgcache_core.clock import Clock, boottime_seconds
+from dgcache_core.disk_records import LoadedBlob, StoredBlob
 from dgcache_core.errors import (
     CacheCorruptionError,
     CacheError,
@@ -50,7 +51,6 @@ from dgcache_core.keyslab import KeySlab, KeySlot
 from dgcache_core.memory import Allocate, anonymous_memory, page_rounded
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.scratch import ScratchPool
-from dgcache_core.sealed_blobs import LoadedBlob, StoredBlob
 from dgcache_core.sealed_files import create_memory_file, seal, write_at
 from dgcache_core.store import Counters, EntryInfo, Freed, ReadInto, StoreStatus
 
@@ -593,7 +593,16 @@ class MemoryStore:
         self._lock.release()
         try:
             with memoryview(entry.blob) as blob:
-                spill(StoredBlob(entry.frame, entry.sha256, blob, entry.key.view, deltaspaces))
+                spill(
+                    StoredBlob(
+                        entry.frame,
+                        entry.sha256,
+                        blob,
+                        entry.key.view,
+                        deltaspaces,
+                        entry.expires - self._clock(),
+                    )
+                )
         finally:
             self._lock.acquire()
             self._leaving_bytes -= entry.bytes

@@ -25,6 +25,7 @@ class EntryInfo:
     hits: int
     stored_by: str
     held: bool
+    tier: str = "memory"
 
 
 @dataclass(frozen=True, slots=True)

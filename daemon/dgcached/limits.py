@@ -68,5 +68,7 @@ class Limits:
     """Without memory pressure, before the cache may grow again."""
     pressure_step_seconds: float = 10.0
     """From one step of growing to the next."""
+    disk_flush_seconds: float = 10.0
+    """What writing memory to a disk tier that outlives the daemon gets at its end."""
     backlog: int = 1024
     """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

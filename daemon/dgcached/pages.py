@@ -48,6 +48,7 @@ def entry_message(entry: EntryInfo) -> pb.Entry:
         hits=entry.hits,
         stored_by=entry.stored_by,
         held=entry.held,
+        tier=entry.tier,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dgcache_core.memory_store import MemoryStore
+from dgcache_core.store import ResidentStore
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcached.host_memory import read_places, stall_files
 from dgcached.limits import Limits
@@ -25,7 +25,7 @@ Look = Callable[[frozenset[Path]], list[Place]]
 class PressureWatcher:
     """One task over one store."""
 
-    def __init__(self, store: MemoryStore, limits: Limits, look: Look = read_places) -> None:
+    def __init__(self, store: ResidentStore, limits: Limits, look: Look = read_places) -> None:
         """Set the kernel's alarms.
 
         Args:

@@ -21,17 +21,20 @@ from grpc_reflection.v1alpha import reflection
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.runtime_directory import candidates, make_first_usable
 from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, as_text, declared
+from dgcache_core.store import ResidentStore
+from dgcache_core.tiered_store import TieredStore, spill_to
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached import BUILD
 from dgcached.admission import AdmissionInterceptor
+from dgcached.disk_tier import open_disk_tier
 from dgcached.flights import Flights
 from dgcached.hardening import effective
 from dgcached.host_memory import Budget
 from dgcached.limits import Limits
 from dgcached.listener import Listener
 from dgcached.logs import event
-from dgcached.monitor import Monitor
+from dgcached.monitor import Audited, Monitor
 from dgcached.pages import store_status_message
 from dgcached.pressure_watcher import PressureWatcher
 from dgcached.registry import Registry
@@ -93,15 +96,19 @@ class Daemon:
         self._started = time.monotonic()
         self._stop = asyncio.Event()
         self._status = 0
-        self._store = MemoryStore(budget.max_bytes, resolved.settings.ttl_seconds, may_fork=False)
-        self._registry = Registry()
-        self._sweeper = Sweeper(self._store)
-        self._flights = Flights(limits.lease_seconds)
         self._security = SecurityEvents(
             kept=limits.security_events_kept, followers=limits.followers
         )
+        self._disk = open_disk_tier(resolved.settings, self._security)
+        self._store = self._make_store()
+        self._registry = Registry()
+        self._sweeper = Sweeper(self._store)
+        self._flights = Flights(limits.lease_seconds)
         self._guard = RuntimeGuard(listeners, self._security, limits, give_up=self._give_up)
-        self._monitor = Monitor([self._guard], self._security, limits, on_finding=self._guard.mend)
+        audited: list[Audited] = [self._guard]
+        if self._disk is not None:
+            audited.append(self._disk)
+        self._monitor = Monitor(audited, self._security, limits, on_finding=self._guard.mend)
         self._service = CacheService(
             self._store,
             limits,
@@ -163,11 +170,25 @@ class Daemon:
         await self._sweeper.stop()
         await self._pressure.stop()
         await loop.run_in_executor(None, self._service.close)
-        self._store.close()
+        await loop.run_in_executor(None, self._store.close)
+        if self._disk is not None:
+            self._disk.close()
         self._listeners.remove_inner()
         self._listeners.close()
         event(logging.INFO, "stopped", uptime_seconds=round(time.monotonic() - self._started))
         return self._status
+
+    def _make_store(self) -> ResidentStore:
+        """Make the memory tier, over the disk tier where there is one."""
+        memory = MemoryStore(
+            self._budget.max_bytes,
+            self._resolved.settings.ttl_seconds,
+            may_fork=False,
+            spill=spill_to(self._disk.store) if self._disk is not None else None,
+        )
+        if self._disk is None:
+            return memory
+        return TieredStore(memory, self._disk.store, flush_seconds=self._limits.disk_flush_seconds)
 
     def _give_up(self, reason: str) -> None:
         """End in good order: whoever starts the daemon the next time gets everything anew."""
@@ -247,6 +268,7 @@ class Daemon:
             security_events=self._security.counts,
             monitor=pb.Monitor(**asdict(self._monitor.status)),
             pressure=self._pressure.message(),
+            disk=self._disk.message() if self._disk is not None else None,
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

@@ -163,6 +163,7 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{human_size(store['reserved_bytes'])} in progress",
         ),
         ("pressure", _pressure(status["pressure"], store)),
+        ("disk", _disk(status["disk"])),
         (
             "references",
             f"{store['entries']} for {store['bindings']} deltaspaces; "
@@ -215,6 +216,20 @@ def _security(counts: dict[str, int]) -> str:
         return "no events"
     by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     return f"{by_kind}: see dg-cache events"
+
+
+def _disk(disk: dict[str, Any]) -> str:
+    """One line about the disk tier."""
+    if not disk:
+        return "no disk tier (DG_CACHE_DISK_SIZE_MB)"
+    if not disk["enabled"]:
+        return f"switched off: {disk['disabled_reason']}"
+    life = "outlives the daemon" if disk["persistent"] else "ends with the daemon"
+    return (
+        f"{human_size(disk['bytes'])} of {human_size(disk['max_bytes'])}, "
+        f"{disk['entries']} references; {disk['loads']} came back, {disk['evictions']} evicted, "
+        f"{disk['corruptions']} corrupt; {life}"
+    )
 
 
 def _pressure(pressure: dict[str, Any], store: dict[str, Any]) -> str:

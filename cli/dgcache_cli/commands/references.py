@@ -20,6 +20,7 @@ from dgcache_cli.commands.daemon import patient
 from dgcache_cli.output import human_seconds, human_size, print_json, print_table, progress
 from dgcache_core.errors import CacheMissError, InvalidReferenceError
 from dgcache_core.references import Deltaspace, parse_deltaspace, parse_sha256
+from dgcache_core.store import EntryInfo
 
 _PIECE_BYTES = 1 << 20
 _DELTASPACE = "s3://bucket/prefix or bucket/prefix"
@@ -222,6 +223,7 @@ def _ls(arguments: argparse.Namespace) -> int:
                     "idle_seconds": entry.idle_seconds,
                     "hits": entry.hits,
                     "held": entry.held,
+                    "tier": entry.tier,
                     "stored_by": entry.stored_by,
                 }
                 for entry in entries
@@ -236,7 +238,7 @@ def _ls(arguments: argparse.Namespace) -> int:
                     entry.sha256[:12],
                     human_size(entry.size),
                     str(entry.hits),
-                    "now" if entry.held else f"{human_seconds(entry.idle_seconds)} ago",
+                    _last_use(entry),
                     human_seconds(entry.expires_in_seconds),
                 )
                 for entry in entries
@@ -245,6 +247,12 @@ def _ls(arguments: argparse.Namespace) -> int:
     else:
         print("the cache is empty")
     return exits.OK
+
+
+def _last_use(entry: EntryInfo) -> str:
+    if entry.tier == "disk":
+        return "on disk"
+    return "now" if entry.held else f"{human_seconds(entry.idle_seconds)} ago"
 
 
 def _evict(arguments: argparse.Namespace) -> int:

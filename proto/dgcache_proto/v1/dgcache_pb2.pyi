@@ -790,6 +790,7 @@ class Entry(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     STORED_BY_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     sha256: _builtins.bytes
     size: _builtins.int
     """bytes of plaintext"""
@@ -802,6 +803,8 @@ class Entry(_message.Message):
     """"uid 1000 pid 42": the pid may be somebody else's by now"""
     held: _builtins.bool
     """a client holds its plaintext"""
+    tier: _builtins.str
+    """"memory", or "disk" where only that has it"""
     @_builtins.property
     def deltaspaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deltaspace]:
         """at most 100 are listed"""
@@ -818,10 +821,11 @@ class Entry(_message.Message):
         hits: _builtins.int = ...,
         stored_by: _builtins.str = ...,
         held: _builtins.bool = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "deltaspaces", b"deltaspaces", "expires_in_seconds", b"expires_in_seconds", "held", b"held", "hits", b"hits", "idle_seconds", b"idle_seconds", "sha256", b"sha256", "size", b"size", "stored_by", b"stored_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "deltaspaces", b"deltaspaces", "expires_in_seconds", b"expires_in_seconds", "held", b"held", "hits", b"hits", "idle_seconds", b"idle_seconds", "sha256", b"sha256", "size", b"size", "stored_by", b"stored_by", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -881,6 +885,7 @@ class StatusResponse(_message.Message):
     SECURITY_EVENTS_FIELD_NUMBER: _builtins.int
     MONITOR_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     PRESSURE_FIELD_NUMBER: _builtins.int
     build: _builtins.str
     protocol: _builtins.int
@@ -908,6 +913,10 @@ class StatusResponse(_message.Message):
     @_builtins.property
     def leases(self) -> Global___LeaseStatus: ...
     @_builtins.property
+    def disk(self) -> Global___DiskStatus:
+        """not set where there is no disk tier"""
+
+    @_builtins.property
     def pressure(self) -> Global___Pressure: ...
     def __init__(
         self,
@@ -927,11 +936,12 @@ class StatusResponse(_message.Message):
         security_events: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         monitor: Global___Monitor | None = ...,
         leases: Global___LeaseStatus | None = ...,
+        disk: Global___DiskStatus | None = ...,
         pressure: Global___Pressure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "pressure", b"pressure", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "pressure", b"pressure", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "pressure", b"pressure", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "disk", b"disk", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "pressure", b"pressure", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -979,6 +989,82 @@ class LeaseStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseStatus: _TypeAlias = LeaseStatus  # noqa: Y015
+
+@_typing.final
+class DiskStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    ENABLED_FIELD_NUMBER: _builtins.int
+    DISABLED_REASON_FIELD_NUMBER: _builtins.int
+    PERSISTENT_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    LOADED_BYTES_FIELD_NUMBER: _builtins.int
+    KEEPS_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    EXPIRATIONS_FIELD_NUMBER: _builtins.int
+    CORRUPTIONS_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    FOREIGN_FILES_FIELD_NUMBER: _builtins.int
+    OTHER_KEY_FILES_FIELD_NUMBER: _builtins.int
+    directory: _builtins.str
+    enabled: _builtins.bool
+    """false while the disk is full, read-only or gone"""
+    disabled_reason: _builtins.str
+    persistent: _builtins.bool
+    """its key outlives the daemon"""
+    entries: _builtins.int
+    bytes: _builtins.int
+    """of files, in whole blocks"""
+    max_bytes: _builtins.int
+    loads: _builtins.int
+    """that came back to memory"""
+    loaded_bytes: _builtins.int
+    keeps: _builtins.int
+    """that memory had no room for"""
+    kept_bytes: _builtins.int
+    evictions: _builtins.int
+    expirations: _builtins.int
+    corruptions: _builtins.int
+    """dropped because a check failed"""
+    alarms: _builtins.int
+    """what somebody else did to its files"""
+    foreign_files: _builtins.int
+    """in its directory, left alone"""
+    other_key_files: _builtins.int
+    """written under another key, left alone"""
+    def __init__(
+        self,
+        *,
+        directory: _builtins.str = ...,
+        enabled: _builtins.bool = ...,
+        disabled_reason: _builtins.str = ...,
+        persistent: _builtins.bool = ...,
+        entries: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        loads: _builtins.int = ...,
+        loaded_bytes: _builtins.int = ...,
+        keeps: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        expirations: _builtins.int = ...,
+        corruptions: _builtins.int = ...,
+        alarms: _builtins.int = ...,
+        foreign_files: _builtins.int = ...,
+        other_key_files: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms", b"alarms", "bytes", b"bytes", "corruptions", b"corruptions", "directory", b"directory", "disabled_reason", b"disabled_reason", "enabled", b"enabled", "entries", b"entries", "evictions", b"evictions", "expirations", b"expirations", "foreign_files", b"foreign_files", "keeps", b"keeps", "kept_bytes", b"kept_bytes", "loaded_bytes", b"loaded_bytes", "loads", b"loads", "max_bytes", b"max_bytes", "other_key_files", b"other_key_files", "persistent", b"persistent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskStatus: _TypeAlias = DiskStatus  # noqa: Y015
 
 @_typing.final
 class StoreStatus(_message.Message):
