@@ -18,6 +18,7 @@ from dgcache_core.settings_files import read_settings
 
 _CLIENT, _DAEMON = declared(Settings), declared(DaemonSettings)
 _KNOWN = sorted({one.variable for one in (*_CLIENT.values(), *_DAEMON.values())})
+_PREFIX = "DG_CACHE_"
 _NOT_COMPARED = ("socket_dir",)  # it led to this very daemon
 
 
@@ -52,9 +53,10 @@ def findings(
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     for name in sorted(environ):
-        if name.startswith("DG_CACHE_") and name not in _KNOWN:
-            near = get_close_matches(name, _KNOWN, 1)
-            meant = f": did you mean {near[0]}?" if near else ""
+        if name.startswith(_PREFIX) and name not in _KNOWN:
+            known = [one.removeprefix(_PREFIX) for one in _KNOWN]
+            near = get_close_matches(name.removeprefix(_PREFIX), known, 1)
+            meant = f": did you mean {_PREFIX}{near[0]}?" if near else ""
             yield f"{ascii(name)[1:-1]} is no setting{meant}"
 
 
@@ -66,7 +68,8 @@ def _differences(here: Resolved[DaemonSettings], status: Mapping[str, Any]) -> I
         value, origin = theirs[one.variable]["value"], theirs[one.variable]["origin"]
         wanted = as_text(name, getattr(here.settings, name))
         if origin.startswith("ceiling ") and not _is_less(wanted, value):
-            if "wanted by" in origin:
+            said_already = f"{one.variable} is {value}: {origin}" in here.findings
+            if "wanted by" in origin and not said_already:
                 yield f"{one.variable} is {value} in the daemon: {origin}"
         elif _differs(here, name, value, origin):
             yield (
