@@ -116,9 +116,11 @@ def reference_gets() -> int:
 
 
 def hits() -> int:
+    """Return how often the daemon handed out a reference; 0 without one."""
+    if not ON_DAEMON:
+        return 0
     with dgcache.open() as cache:
-        status = cache.status()
-        return int(status["store"]["hits"]) if ON_DAEMON else 0
+        return int(cache.status()["store"]["hits"])
 
 
 @contextmanager
@@ -307,22 +309,22 @@ def test_deletion_of_one_of_several_frees_nothing(
     assert (tmp_path / "out").read_bytes() == archives[2].read_bytes()
 
 
-@pytest.mark.usefixtures("resources")
 def test_clear_cache_forgets_in_this_client_alone(
-    bucket: str, archives: list[Path], tmp_path: Path, newcomer: Newcomers
+    resources: ExitStack,
+    newcomer: Newcomers,
+    bucket: str,
+    archives: list[Path],
+    tmp_path: Path,
 ) -> None:
-    """This one fetches anew, once; another process, and another client of this one, go on hitting.
+    """This one fetches anew, once; another client and another process go on hitting.
 
     The client comes from DeltaGlider's own create_client, after install().
     """
-    mine = newcomer().service.cache._cache
-    adapter.install(mine)
-    try:
-        client = deltaglider.create_client(endpoint_url=ENDPOINTS[0], log_level="ERROR")
-    finally:
-        adapter.uninstall()
+    adapter.install(resources.enter_context(dgcache.open()))
+    resources.callback(adapter.uninstall)
+    client = deltaglider.create_client(endpoint_url=ENDPOINTS[0], log_level="ERROR")
+    resources.callback(client.service.storage.client.close)
     assert isinstance(client.service.cache, ReferenceCachePort)
-    adapter._take_over_fetch()
     out, url = tmp_path / "out", f"s3://{bucket}/app/app-1.zip"
     for path in archives[:2]:
         client.upload(path, f"s3://{bucket}/app")
@@ -332,14 +334,14 @@ def test_clear_cache_forgets_in_this_client_alone(
     with costs(gets=EACH_ONCE, at_least_hits=1):
         command = ["-m", "dgcache_cli", "deltaglider", "cp", url, str(tmp_path / "theirs")]
         subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=100)
+    for path in (out, tmp_path / "theirs"):
+        assert path.read_bytes() == archives[1].read_bytes()
     with costs(gets=1, at_least_hits=0):
         client.download(url, out)
     with costs(gets=0, at_least_hits=2):
         client.download(url, out)
         client.upload(archives[2], f"s3://{bucket}/app")
-    for path in (out, tmp_path / "theirs"):
-        assert path.read_bytes() == archives[1].read_bytes()
-    client.service.storage.client.close()
+    assert out.read_bytes() == archives[1].read_bytes()
 
 
 def test_two_endpoints_go_on_hitting(
@@ -389,11 +391,11 @@ def test_two_endpoints_through_one_cache(
         adapter.create_client(cache, endpoint_url=endpoint, log_level="ERROR")
         for endpoint in ENDPOINTS
     ]
+    for client in clients:
+        resources.callback(client.service.storage.client.close)
     out = tmp_path / "out"
     with costs(gets=2, at_least_hits=4):
         for _ in range(3):
             for seed, client in enumerate(clients):
                 client.download(f"s3://{bucket}/app/app-1.zip", out)
                 assert out.read_bytes() == version(1, seed)
-    for client in clients:
-        client.service.storage.client.close()

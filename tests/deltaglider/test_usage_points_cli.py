@@ -72,14 +72,14 @@ def stored(user: User, prefix: str, *versions: int) -> None:
         assert decoded(user, f"{prefix}/sub/lib-{version}.zip") == content[::-1]
 
 
-@both
+@on_the_daemon
 def test_cp_encodes_and_decodes_with_the_cached_reference(user: User, meter: Meter) -> None:
     """An upload makes it warm; the next uploads and downloads are processes of their own."""
-    with meter.costs(hits=1, gets_in_process=1):
+    with meter.costs(hits=1):
         user.cached("cp", user.archive(0), user.key("app-0.zip"))
         user.cached("cp", user.archive(1), user.key("app-1.zip"))
     assert decoded(user, "app/app-1.zip") == user.archive(1).read_bytes()
-    with meter.costs(hits=1, gets_in_process=1):
+    with meter.costs(hits=1):
         user.cached("cp", user.key("app-1.zip"), user.home / "out.zip")
     assert (user.home / "out.zip").read_bytes() == user.archive(1).read_bytes()
 
@@ -132,12 +132,12 @@ def test_a_migration_from_s3_to_s3_encodes_with_the_cached_reference(
     stored(user, "moved/plain", 0, 1, 2)
 
 
-@both
+@on_the_daemon
 def test_a_copy_from_s3_to_s3_encodes_with_the_cached_reference(user: User, meter: Meter) -> None:
     """One object of another program becomes a delta beside what DeltaGlider uploaded."""
     user.cached("cp", user.archive(0), user.key("app-0.zip"))
     user.s3.put(user.bucket, "plain/app-1.zip", user.archive(1).read_bytes())
-    with meter.costs(hits=1, gets_in_process=1):
+    with meter.costs(hits=1):
         said = user.cached("cp", f"s3://{user.bucket}/plain/app-1.zip", user.key("app-1.zip"))
     assert "Copy completed with delta compression" in said
     assert decoded(user, "app/app-1.zip") == user.archive(1).read_bytes()
