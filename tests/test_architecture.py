@@ -64,6 +64,7 @@ def test_only_entry_points_read_the_environment() -> None:
     }
     assert readers == {
         "cli/dgcache_cli/commands/bench.py",
+        "cli/dgcache_cli/commands/cleanup.py",
         "cli/dgcache_cli/commands/daemon.py",
         "cli/dgcache_cli/commands/deltaglider.py",
         "cli/dgcache_cli/commands/setup.py",

@@ -63,13 +63,6 @@ def remove(parent: int, name: str, expected: Identity, rules: Rules, result: Rem
     Raises:
         OSError: /proc is not there.
     """
-    try:
-        found = identity(os.stat(name, dir_fd=parent, follow_symlinks=False))
-    except FileNotFoundError:
-        return
-    if found != expected:
-        result.leave(name, "it was replaced meanwhile", by_rule=False)
-        return
     _Remover(rules, mount_of(parent), result).take(parent, name, name, 0, expected)
 
 

@@ -1,9 +1,11 @@
 """`dg-cache cleanup` on real directories: what it finds and says, what goes, and what never."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
+import re
 import shutil
 import stat
 import subprocess
@@ -22,9 +24,11 @@ from dgcache_cli.removals import Removal, remove
 from dgcache_cli.trees import Bounds, Rules, identity
 from tests.support.wire import FOREIGN_UID, OWNER_UID, SECONDS, script_running
 
-ROUNDS = 1_500
+ROUNDS = 1_000
 DAY = 86_400
 DIGEST = "ab" * 32
+DIGEST_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+MIGRATION = Path(__file__).parents[2] / "docs" / "migration.md"
 root = pytest.mark.root
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of a second real user")
 
@@ -317,7 +321,8 @@ _HOLD = {
     "map": (
         "import mmap\n"
         "with open(sys.argv[1] + '/' + sys.argv[2], 'rb') as file:\n"
-        "    held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
+        "    held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "os.closerange(3, 64)"  # mmap keeps a descriptor of its own
     ),
 }
 
@@ -442,6 +447,7 @@ def test_a_file_with_a_second_name_keeps_its_bytes_there(host: Host) -> None:
     write(host.shared / "bkt" / "reference.bin", b"r" * 1000)
     (host.home / "mine").hardlink_to(host.shared / "bkt" / "reference.bin")
     write(host.shared / "bkt" / "other", b"o" * 10)
+    assert host.told()[str(host.shared)]["size"] == 10
     text = host.said("--yes")
     assert "1 file with a second name" in text
     assert "freed 10 B" in text
@@ -455,7 +461,7 @@ def in_mounts(host: Host, *setup: str, argv: list[str] | None = None) -> str:
         pytest.skip("no mount namespace can be made here")
     script = " && ".join(["mount --make-rprivate /", *setup, 'exec "$@"'])
     done = subprocess.run(
-        [*unshare, "sh", "-c", script, "sh", *(argv or host.argv("--yes"))],
+        [*unshare, "sh", "-c", script, "sh", *(argv or host.argv("--yes", uid=0))],
         env=host.environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -763,3 +769,48 @@ def test_a_process_s_cache_too_large_to_be_seen_whole_stays(host: Host) -> None:
     assert judged.kept is not None
     assert "stopped after 3 entries" in judged.kept
     assert cache.exists()
+
+
+# -- the way back ----------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_way_back_remove_every_file_that_was_made(host: Host) -> None:
+    """docs/migration.md says which files exist where; after its commands there are none."""
+    runtime = host.home.parent / "runtime"
+    runtime.mkdir(mode=0o700)
+    environment = {**host.environment, "XDG_RUNTIME_DIR": str(runtime)}
+    del environment["DG_CACHE_SOCKET_DIR"]
+
+    def dg_cache(*words: str, **extra: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "dgcache_cli", *words],
+            env={**environment, **extra},
+            cwd="/",
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    elsewhere = str(host.account / "run" / "0123456789abcdef")
+    for place in ({}, {"DG_CACHE_SOCKET_DIR": elsewhere}):
+        dg_cache("start", **place)
+        dg_cache("put", "bkt/app", __file__, **place)
+        dg_cache("stop", **place)
+    local = ("get", "bkt/app", DIGEST_OF_NOTHING, "--fetch", "true", "-o", str(host.tmp / "out"))
+    dg_cache(*local, DG_CACHE_BACKEND="filesystem")
+    dg_cache("install", "--units-only")
+    dg_cache("shim", str(host.home / ".local/lib/dg-cache"))
+    made = [path for place in (host.home, runtime) for path in place.rglob("*")]
+    assert len([path for path in made if path.is_file()]) == 8
+    assert (host.account / "v2" / "ephemeral").is_dir()
+    commands = re.findall(r"^\|.*\| `(rm -[^`]+)`", MIGRATION.read_text(), re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        subprocess.run(["sh", "-c", command], env=environment, check=True)
+    left = [path for place in (host.home, runtime) for path in place.rglob("*")]
+    assert [path for path in left if not path.is_dir()] == []
+    assert {path.name for path in left} == {
+        *(".cache", "deltaglider"),
+        *(".local", "state", "lib", "dg-cache"),
+        *(".config", "systemd", "user"),
+    }
