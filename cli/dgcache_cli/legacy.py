@@ -1,6 +1,6 @@
 """The caches DeltaGlider itself left on this host: where they are, and how they go.
 
-Where, as its releases have it: 5.0.0 to 5.0.2 share `/tmp/.deltaglider/cache` (SDK) and
+Where, as its releases have it: up to 5.0.2 they share `/tmp/.deltaglider/cache` (SDK) and
 `/tmp/.deltaglider/reference_cache` or `$DG_CACHE_DIR` (CLI) between all processes, in plaintext;
 from 5.0.3 every process makes `/tmp/deltaglider-*`, which stays when it is killed. In
 `~/.cache/deltaglider`, whatever is not of dg-cached (`v2/`, `run/`) is older than it.

@@ -20,7 +20,7 @@ from dgcache_core.runtime_directory import candidates
 
 _DESCRIPTION = """\
 Find and remove the caches that DeltaGlider itself left: /tmp/.deltaglider
-(5.0, shared by everybody, in plaintext), /tmp/deltaglider-* (later releases,
+(up to 5.0.2, shared, in plaintext), /tmp/deltaglider-* (later releases,
 left when a process was killed; also below $TMPDIR), and what is older than
 dg-cached in ~/.cache/deltaglider and $DG_CACHE_DIR. Each is shown with what is
 wrong with it, and goes only after you said y. No reference is migrated: it is
