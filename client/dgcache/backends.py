@@ -27,8 +27,8 @@ class Backend(Protocol):
     def evict(self, deltaspace: Deltaspace) -> Freed:
         """Unbind a deltaspace."""
 
-    def clear(self) -> Freed:
-        """Free every entry."""
+    def clear(self, *, rekey: bool = False) -> Freed:
+        """Free every entry, and with `rekey` make every key anew."""
 
     def entries(self) -> list[EntryInfo]:
         """Return every entry, most recently used first."""

@@ -174,9 +174,14 @@ class ReferenceCache:
         deltaspace = Deltaspace(bucket, prefix)
         return self._on_both(lambda backend: backend.evict(deltaspace))
 
-    def clear(self) -> Freed:
-        """Free every entry, the daemon's too. References that are open stay valid."""
-        return self._on_both(lambda backend: backend.clear())
+    def clear(self, rekey: bool = False) -> Freed:
+        """Free every entry, the daemon's too. References that are open stay valid.
+
+        Args:
+            rekey: also make every key anew; the old keys' memory is zeroed and unmapped. A store
+                in progress elsewhere is then not kept.
+        """
+        return self._on_both(lambda backend: backend.clear(rekey=rekey))
 
     def forget(self) -> Freed:
         """Free the in-process cache only; the daemon's entries are other processes' as well."""

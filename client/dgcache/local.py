@@ -69,9 +69,9 @@ class LocalBackend:
         """See `Backend`."""
         return self._store.evict(deltaspace)
 
-    def clear(self) -> Freed:
+    def clear(self, *, rekey: bool = False) -> Freed:
         """See `Backend`."""
-        return self._store.clear()
+        return self._store.clear(rekey=rekey)
 
     def entries(self) -> list[EntryInfo]:
         """See `Backend`."""

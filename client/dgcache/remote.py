@@ -184,9 +184,9 @@ class DaemonBackend:
         answer = self._call(self._stub.Evict, request, _SHORT_SECONDS)
         return Freed(answer.freed_entries, answer.freed_bytes)
 
-    def clear(self) -> Freed:
+    def clear(self, *, rekey: bool = False) -> Freed:
         """See `Backend`."""
-        answer = self._call(self._stub.Clear, pb.ClearRequest(), _LOOKUP_SECONDS)
+        answer = self._call(self._stub.Clear, pb.ClearRequest(rekey=rekey), _LOOKUP_SECONDS)
         return Freed(answer.freed_entries, answer.freed_bytes)
 
     def entries(self) -> list[EntryInfo]:

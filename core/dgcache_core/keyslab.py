@@ -67,8 +67,10 @@ class KeySlab:
             may_fork: True in a process that may fork: its child must find zeros, never keys.
         """
         self._bytes = -(-slots * KEY_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._slots = slots
         self._free = list(range(slots - 1, -1, -1))
         self._lock = threading.Lock()
+        self._retired = False
         self._address, self.protection = _map_region(self._bytes, may_fork=may_fork)
         array = (ctypes.c_ubyte * self._bytes).from_address(self._address)
         self._view = memoryview(array).cast("B")
@@ -77,9 +79,12 @@ class KeySlab:
         """Return a slot with a fresh random key.
 
         Raises:
-            CacheFullError: every slot is in use, no descriptor is left, or the slab is closed.
+            CacheFullError: every slot is in use, no descriptor is left, or the slab is closed or
+                retired.
         """
         with self._lock:
+            if self._retired:
+                raise CacheFullError("these keys were rotated away")
             if not self._free or not self._address:
                 raise CacheFullError("every key slot is in use")
             index = self._free.pop()
@@ -96,14 +101,20 @@ class KeySlab:
         """Tell whether there is a slot for one more key."""
         return bool(self._free)
 
+    def owns(self, slot: KeySlot) -> bool:
+        """Tell whether a slot is one of this slab's."""
+        return slot._slab is self
+
+    def retire(self) -> None:
+        """Make no key any more; the region goes when the last slot that is in use was erased."""
+        with self._lock:
+            self._retired = True
+            self._unmap_if_unused()
+
     def close(self) -> None:
         """Zero every key and unmap the region; no slot may be used afterwards."""
         with self._lock:
-            if self._address:
-                address, self._address = self._address, 0
-                ctypes.memset(address, 0, self._bytes)
-                self._view.release()
-                _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(self._bytes))
+            self._unmap()
 
     def _take_back(self, index: int, view: memoryview) -> None:
         with self._lock:
@@ -111,6 +122,20 @@ class KeySlab:
                 view[:] = bytes(KEY_BYTES)
                 self._free.append(index)
             view.release()
+            self._unmap_if_unused()
+
+    # -- the lock is held in both below -----------------------------------------------------------
+
+    def _unmap(self) -> None:
+        if self._address:
+            address, self._address = self._address, 0
+            ctypes.memset(address, 0, self._bytes)
+            self._view.release()
+            _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(self._bytes))
+
+    def _unmap_if_unused(self) -> None:
+        if self._retired and len(self._free) == self._slots:
+            self._unmap()
 
     def __repr__(self) -> str:
         return f"<KeySlab {self.protection}, {len(self._free)} slots free>"

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dgcache_core.aead import (
     BODY_OFFSET,
@@ -116,7 +117,8 @@ class MemoryStore:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._allocate = allocate
-        self._keys = KeySlab(max_entries, may_fork=may_fork)
+        self._make_keys = partial(KeySlab, max_entries, may_fork=may_fork)
+        self._keys = self._make_keys()
         self._helpers: Executor = ThreadPoolExecutor(2, thread_name_prefix="dg-cache-crypto")
         self._scratch = ScratchPool(CHUNK_BYTES, keep=8)
         self._lock = threading.Lock()
@@ -251,6 +253,9 @@ class MemoryStore:
         )
         with self._lock:
             self._require_open()
+            if not self._keys.owns(ingest.key):
+                self._counters.refused_stores += 1
+                raise CacheFullError("the keys were rotated during this store; store it again")
             self._reserved_bytes -= entry.bytes
             self._end_progress()
             deltaspaces = self._bindings.deltaspaces(sha256)
@@ -368,10 +373,14 @@ class MemoryStore:
                 [self._entries[s] for s in self._bindings.unbind(deltaspace) if s in self._entries]
             )
 
-    def clear(self) -> Freed:
-        """See `Store.clear`."""
+    def clear(self, *, rekey: bool = False) -> Freed:
+        """See `Store.clear`. The old region of keys goes with the last use of one of them."""
         with self._lock:
+            if rekey:
+                self._require_open()
             freed = self._drop_all(list(self._entries.values()))
+            if rekey:
+                self._rotate_keys()
         self._scratch.close()
         return freed
 
@@ -561,6 +570,14 @@ class MemoryStore:
                     break
                 missing -= entry.bytes
                 self._evict_one(entry)
+
+    def _rotate_keys(self) -> None:
+        """The old region goes first where nobody uses it: RLIMIT_MEMLOCK may not hold both."""
+        self._keys.retire()
+        try:
+            self._keys = self._make_keys()
+        except (MemoryError, OSError) as error:
+            raise CacheFullError("no memory for new keys; rotate them again later") from error
 
     def _new_key(self) -> KeySlot:
         self._free_a_slot()
@@ -765,7 +782,7 @@ class MemoryIngest:
         self._sealing.release()
         try:
             self._store._adopt(self, sha256)
-        except CacheUnavailableError:
+        except (CacheUnavailableError, CacheFullError):
             self.abort()
             raise
         self._ended = True

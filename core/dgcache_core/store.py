@@ -132,7 +132,15 @@ class Store(Protocol):
     def clear(self, *, rekey: bool = False) -> Freed:
         """Free every entry. What is held stays with its holders.
 
-        With `rekey`, nothing that was written or kept before can be read with the keys of after.
+        Args:
+            rekey: make every key anew: nothing from before can be read with what is there
+                afterwards. A lookup in progress ends well; a store in progress is refused at its
+                commit (CacheFullError).
+
+        Raises:
+            CacheFullError: there is no memory for new keys; every entry was freed, and nothing is
+                stored until a later rekey succeeds.
+            CacheUnavailableError: rekey on a closed store.
         """
 
     def sweep(self) -> None:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from dgcache_core.keyslab import KeyProtection
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.runtime_directory import candidates, make_first_usable
 from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, as_text, declared
@@ -50,6 +51,11 @@ PROTOCOL = 1
 OLDEST_PROTOCOL = 1
 EX_TAKEN_AWAY = 72
 """Exit status, "critical OS file missing" (sysexits.h); systemd starts the daemon again."""
+
+_UNLOCKED_KEYS = (
+    "the kernel locks no memory for this user, so keys could be swapped out: raise RLIMIT_MEMLOCK "
+    "(LimitMEMLOCK= of the unit, ulimit -l) to 1 MiB or more"
+)
 
 
 def open_listeners(
@@ -114,10 +120,12 @@ class Daemon:
             limits,
             self._security,
             on_change=self._on_change,
+            on_rekey=self._on_rekey,
             flights=self._flights,
             describe=self._describe,
         )
         self._pressure = PressureWatcher(self._store, limits)
+        self._warned_of_keys = False
 
     async def run(self) -> int:
         """Serve until a signal says stop, or somebody takes away what cannot be made again.
@@ -153,6 +161,7 @@ class Daemon:
             max_bytes=self._budget.max_bytes,
             keys=self._store.status().key_protection,
         )
+        self._warn_of_unlocked_keys()
         self._notifier.notify(READY="1", STATUS=f"Serving in {self._listeners.directory}")
         await self._stop.wait()
         self._notifier.notify(STOPPING="1", STATUS="Finishing calls in progress")
@@ -201,6 +210,17 @@ class Daemon:
     def _on_change(self) -> None:
         self._sweeper.wake()
         self._pressure.wake()
+
+    def _on_rekey(self) -> None:
+        event(logging.INFO, "rekeyed", keys=self._store.status().key_protection)
+        self._warn_of_unlocked_keys()
+
+    def _warn_of_unlocked_keys(self) -> None:
+        """Once: what protects the keys can only change when they are made anew."""
+        if self._store.status().key_protection == KeyProtection.UNLOCKED:
+            if not self._warned_of_keys:
+                event(logging.WARNING, "keys-unlocked", reason=_UNLOCKED_KEYS)
+            self._warned_of_keys = True
 
     async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
         """Start the gRPC server behind the listener."""

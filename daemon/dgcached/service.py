@@ -57,6 +57,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         *,
         on_change: Callable[[], None],
         flights: Flights,
+        on_rekey: Callable[[], None],
         describe: Callable[[], pb.StatusResponse],
     ) -> None:
         """Serve `store`.
@@ -67,6 +68,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             security: what Watch streams.
             on_change: called after the store handed something out or took something in.
             flights: who fetches what.
+            on_rekey: called after the keys were made anew.
             describe: makes the answer to Status.
         """
         self._store = store
@@ -74,6 +76,7 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self._security = security
         self._on_change = on_change
         self._flights = flights
+        self._on_rekey = on_rekey
         self._describe = describe
         self._decryption = ThreadPoolExecutor(limits.decryptions_at_once, "dg-cache-lookup")
         self._reading = ThreadPoolExecutor(limits.stores_at_once, "dg-cache-deposit")
@@ -296,7 +299,10 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.ClearRequest, context: aio.ServicerContext
     ) -> pb.ClearResponse:
         """See the .proto."""
-        freed = await asyncio.get_running_loop().run_in_executor(None, self._store.clear)
+        clear = partial(self._store.clear, rekey=request.rekey)
+        freed = await asyncio.get_running_loop().run_in_executor(None, clear)
+        if request.rekey:
+            self._on_rekey()
         return pb.ClearResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
 
     async def List(self, request: pb.ListRequest, context: aio.ServicerContext) -> pb.ListResponse:

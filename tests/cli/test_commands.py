@@ -180,6 +180,15 @@ def test_has_ls_evict_and_clear_tell_what_they_found(shell: Shell) -> None:
     }
 
 
+def test_clear_with_rekey_says_that_the_keys_are_others(shell: Shell) -> None:
+    """For people; a program asked for it and hears what was freed."""
+    shell("put", "b/p", "reference")
+    assert shell.said("clear", "--rekey") == "every key was made anew\nfreed 1 reference, 900 kB\n"
+    shell("has", "b/p", DIGEST, status=1)
+    assert json.loads(shell.said("clear", "--rekey", "--json"))["freed_entries"] == 0
+    assert "rekeyed" in shell.said("logs")
+
+
 def test_status_fits_80_columns_and_has_no_colour_in_a_pipe(shell: Shell) -> None:
     """It tells what was saved."""
     shell("put", "b/p", "reference")
@@ -189,6 +198,7 @@ def test_status_fits_80_columns_and_has_no_colour_in_a_pipe(shell: Shell) -> Non
     assert "\x1b" not in text
     assert re.search(r"saved +1 GETs, 900 kB", text)
     assert "not dumpable" in text
+    assert re.search(r"pressure +none so far; watched by (alarms and )?samples *\n", text)
 
 
 def test_config_tells_each_value_and_its_origin(shell: Shell) -> None:

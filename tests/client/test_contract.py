@@ -274,6 +274,20 @@ def test_a_handout_outlives_eviction_and_clear(cache: ReferenceCache) -> None:
             assert second.read() == first.read() == data
 
 
+def test_rotated_keys_free_everything_and_the_cache_goes_on(cache: ReferenceCache) -> None:
+    """What is held stays whole; what was stored is a miss; what is stored next is found."""
+    data = some_bytes(2 * CHUNK_BYTES)
+    digest = cache.put("bucket", "prefix", data)
+    with cache.get("bucket", "prefix", digest) as held:
+        freed = cache.clear(rekey=True)
+        assert (freed.entries, freed.bytes) == (1, len(data))
+        assert held.read() == data
+    assert not cache.has("bucket", "prefix", digest)
+    cache.put("bucket", "prefix", data)
+    with cache.get("bucket", "prefix", digest) as again:
+        assert again.read() == data
+
+
 def test_a_handout_cannot_be_changed(cache: ReferenceCache) -> None:
     """Not through its descriptor, not through its path."""
     digest = cache.put("bucket", "prefix", b"bytes")

@@ -244,3 +244,43 @@ def test_a_closed_slab_makes_no_key() -> None:
     slab.close()
     with pytest.raises(CacheError):
         slab.new_key()
+
+
+# -- retiring ------------------------------------------------------------------------------------
+
+
+def is_mapped(address: int) -> bool:
+    """Ask the kernel whether anything is mapped there."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return True
+    return False
+
+
+def test_a_retired_slab_goes_with_its_last_key(slab: KeySlab) -> None:
+    """Keys in use can be used until they are erased; then the region is unmapped."""
+    slots = [slab.new_key() for _ in range(3)]
+    address, keys = slab._address, [bytes(slot.view) for slot in slots]
+    slab.retire()
+    assert [bytes(slot.view) for slot in slots] == keys
+    with pytest.raises(CacheFullError, match="rotated"):
+        slab.new_key()
+    slots[0].erase()
+    slots[2].erase()
+    assert bytes(slots[1].view) == keys[1]
+    assert is_mapped(address)
+    slots[1].erase()
+    assert slab._address == 0
+    assert not is_mapped(address)
+    slots[1].erase()
+    slab.retire()
+
+
+def test_a_retired_slab_without_keys_goes_at_once(slab: KeySlab) -> None:
+    """Nothing waits for a slot that was given back before."""
+    slab.new_key().erase()
+    address = slab._address
+    slab.retire()
+    assert not is_mapped(address)
+    slab.close()

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,9 +15,11 @@ from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.memory_group import MemoryGroup, memory_group
 from tests.support.wire import (
     MIB,
+    SECONDS,
     Client,
     Daemon,
     eventually,
+    own_environment,
     refused,
     running,
     script_running,
@@ -47,6 +51,7 @@ class Hog:
 
     def __init__(self, group: MemoryGroup) -> None:
         self._group = group
+        self.taken_bytes = 0
 
     @contextmanager
     def running(self) -> "Iterator[Hog]":
@@ -60,6 +65,7 @@ class Hog:
         assert self._process.stdout is not None
         print(size, file=self._process.stdin, flush=True)
         assert self._process.stdout.readline(), "the hog was killed"
+        self.taken_bytes += size
 
 
 @pytest.fixture
@@ -107,6 +113,19 @@ def squeeze(hog: Hog, group: MemoryGroup, client: Client) -> None:
     fill_up(hog, group)  # so that it stays there
 
 
+def said_by_status(daemon: Daemon) -> str:
+    """Return what `dg-cache status` tells of it, in one line."""
+    said = subprocess.run(
+        [sys.executable, "-m", "dgcache_cli", "status"],
+        env={**own_environment(), "DG_CACHE_SOCKET_DIR": str(daemon.directory)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=SECONDS,
+    )
+    return " ".join(said.stdout.split())
+
+
 def test_the_cache_gives_way_to_its_neighbours_and_grows_back(group: MemoryGroup) -> None:
     """It sheds, oldest first, and says so; nobody is killed; when the hog ends it grows back."""
     with daemon_in(group) as daemon, Client(daemon.directory) as client:
@@ -114,6 +133,8 @@ def test_the_cache_gives_way_to_its_neighbours_and_grows_back(group: MemoryGroup
         assert client.status().pressure.shrinks == 0
         with Hog(group).running() as hog:
             squeeze(hog, group, client)
+            # more than there would have been: without the cache's giving way somebody were killed
+            assert hog.taken_bytes + ENTRIES * ENTRY_BYTES > GROUP_BYTES
             status = client.status()
             assert status.store.limit_bytes == status.pressure.limit_bytes == 32 * MIB
             assert status.store.max_bytes == BUDGET_MIB * MIB
@@ -125,7 +146,9 @@ def test_the_cache_gives_way_to_its_neighbours_and_grows_back(group: MemoryGroup
                 client.lookup(digests[0], space(0))
             assert trailing(miss[0])["dg-miss-reason"] == "pressure"
             os.close(client.lookup(digests[-1], space(ENTRIES - 1)))
+            assert "limited to 33.6 MB of 134 MB; lowered" in said_by_status(daemon)
         eventually(lambda: client.status().pressure.limit_bytes == BUDGET_MIB * MIB)
+        assert "over, again 134 MB; lowered" in said_by_status(daemon)
         filled(client)
         assert client.status().store.entries >= ENTRIES
         assert client.status().pressure.shrinks == status.pressure.shrinks

@@ -82,6 +82,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     evict.set_defaults(run=_evict)
 
     clear = commands.add_parser("clear", help="free every entry; says what that freed")
+    clear.add_argument(
+        "--rekey",
+        action="store_true",
+        help="also make every key anew: the old keys' memory is zeroed and unmapped",
+    )
     clear.add_argument("--json", action="store_true", help="print JSON")
     clear.set_defaults(run=_clear)
 
@@ -263,7 +268,9 @@ def _evict(arguments: argparse.Namespace) -> int:
 
 def _clear(arguments: argparse.Namespace) -> int:
     with _daemon() as daemon:
-        freed = daemon.clear()
+        freed = daemon.clear(rekey=arguments.rekey)
+    if arguments.rekey and not arguments.json:
+        print("every key was made anew")
     return _print_freed(freed, as_json=arguments.json)
 
 
