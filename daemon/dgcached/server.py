@@ -217,10 +217,10 @@ class Daemon:
 
     def _warn_of_unlocked_keys(self) -> None:
         """Once: what protects the keys can only change when they are made anew."""
-        if self._store.status().key_protection == KeyProtection.UNLOCKED:
-            if not self._warned_of_keys:
-                event(logging.WARNING, "keys-unlocked", reason=_UNLOCKED_KEYS)
+        unlocked = self._store.status().key_protection == KeyProtection.UNLOCKED
+        if unlocked and not self._warned_of_keys:
             self._warned_of_keys = True
+            event(logging.WARNING, "keys-unlocked", reason=_UNLOCKED_KEYS)
 
     async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
         """Start the gRPC server behind the listener."""
