@@ -186,7 +186,7 @@ def _difference(before: _Row, now: _Row) -> Change:
         for field in ("ino", "size", "nlink", "mode", "uid", "gid")
         if getattr(before, field) != getattr(now, field)
     )
-    return Change(kind, " ".join(shown))
+    return Change(kind, " ".join(shown) or "times alone")
 
 
 def _shown(field: str, row: _Row) -> str:

@@ -173,9 +173,13 @@ class Daemon:
         self._flights.close()
         self._security.close()
         await health.enter_graceful_shutdown()
-        await server.stop(self._limits.drain_seconds)
+        draining = asyncio.create_task(server.stop(self._limits.drain_seconds))
+        # gRPC waits without an end for a connection whose client takes nothing (one that is
+        # stopped, say): closing the relays ends that
+        await asyncio.wait({draining}, timeout=self._limits.drain_seconds)
         sessions.close()
         await listener.close()
+        await draining
         await self._sweeper.stop()
         await self._pressure.stop()
         await loop.run_in_executor(None, self._service.close)

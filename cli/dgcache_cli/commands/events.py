@@ -36,10 +36,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _events(arguments: argparse.Namespace) -> int:
     backend = connect(patient(Settings.from_environment()))
     describe = json.dumps if arguments.json else _described
+    seen = False
     try:
         for event in backend.events(follow=arguments.follow):
+            seen = True
             print(describe(event))
             sys.stdout.flush()  # who follows through a pipe waits for the line
+        if not (seen or arguments.json):
+            print("no security events")
     finally:
         backend.close()
     return exits.OK
