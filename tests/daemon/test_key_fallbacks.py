@@ -112,3 +112,10 @@ def test_an_ordinary_user_has_the_best_there_is() -> None:
     with running(uid=OWNER_UID, prefix=(*NO_SECRET, "/usr/bin/env", *prefix)) as daemon:
         assert keys_of_an_ordinary_user(daemon) == "locked"
         assert warnings(daemon) == 0
+
+
+def test_a_rekey_fits_where_only_one_region_may_be_locked() -> None:
+    """The old region goes before the new one comes, where nobody uses it."""
+    with running(uid=OWNER_UID, prefix=("prlimit", f"--memlock={128 << 10}")) as daemon:
+        assert keys_of_an_ordinary_user(daemon) in {"memfd_secret", "locked"}
+        assert warnings(daemon) == 0
