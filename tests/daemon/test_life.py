@@ -25,6 +25,7 @@ from tests.support.wire import (
     own_environment,
     read_to_end,
     running,
+    script_running,
 )
 
 
@@ -160,6 +161,32 @@ def test_a_start_during_a_stop_gets_a_daemon(short_directory: Path) -> None:
         call.cancel()
         subprocess.run([*argv, "stop"], env=environ, capture_output=True, timeout=40, check=False)
     assert (started.returncode, started.stderr) == (0, "")
+
+
+# Begins to read a reference and is stopped by whoever started it.
+_READER = """
+import os, grpc
+from dgcache_proto.v1 import dgcache_pb2 as pb, dgcache_pb2_grpc
+channel = grpc.insecure_channel(f"unix:{sys.argv[1]}/rpc.sock")
+request = pb.ReadRequest(
+    deltaspace=pb.Deltaspace(bucket="bucket", prefix="releases"), sha256=bytes.fromhex(sys.argv[2])
+)
+stream = dgcache_pb2_grpc.ReferenceCacheStub(channel).Read(request)
+print(next(stream).size, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_is_stopped_does_not_keep_the_daemon(own: Daemon) -> None:
+    """What it does not take never leaves gRPC, which would wait for it without an end."""
+    data = os.urandom(24 * MIB)
+    with Client(own.directory) as client:
+        digest = client.store(data)
+        with script_running(None, _READER, own.directory, digest.hex()) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == f"{len(data)}\n"
+            reader.send_signal(signal.SIGSTOP)
+            ended_well(own, own.stop())
 
 
 @pytest.mark.parametrize("phase", ["stored", "held", "storing", "streaming"])

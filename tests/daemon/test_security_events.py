@@ -3,16 +3,20 @@
 import asyncio
 import io
 import logging
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
+import grpc
 import pytest
 
 from dgcache_core.errors import CacheFullError
+from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcached import logs
 from dgcached.logs import _JournalFormatter
 from dgcached.security_events import SecurityEvents
+from tests.support.wire import SECONDS, Client, Daemon, eventually, refused, running
 
 
 @pytest.fixture
@@ -139,3 +143,90 @@ def test_a_flood_does_not_rotate_the_log_away(journal: io.StringIO) -> None:
     assert "<2>security kind=suppressed count=880\n" in journal.getvalue()
     assert journal.getvalue().count("\n") == 122
     assert security.counts == {"overwritten": 1001}
+
+
+# -- in a daemon -------------------------------------------------------------------------------
+
+
+def follow(client: Client) -> "Iterator[pb.Event]":
+    """Begin to follow; the bound on the wait is the call's deadline."""
+    stream: Iterator[pb.Event] = client.stub.Watch(pb.WatchRequest(follow=True), timeout=SECONDS)
+    return stream
+
+
+def loosen(daemon: Daemon, mode: int = 0o755) -> None:
+    """Do what raises one event and is not undone."""
+    daemon.directory.chmod(mode)
+
+
+def test_a_follower_gets_what_is_kept_and_what_comes() -> None:
+    """As Status counts it; who does not follow gets what is kept and the end."""
+    with running() as daemon, Client(daemon.directory) as client:
+        loosen(daemon)
+        eventually(lambda: client.status().security_events == {"chmod": 1})
+        stream = follow(client)
+        assert next(stream).fields["detail"] == "mode=0700->0755"
+        loosen(daemon, 0o700)
+        one = next(stream)
+        assert (one.sequence, one.kind, one.severity, one.dropped) == (2, "chmod", "critical", 0)
+        assert one.fields == {"place": "runtime", "name": ".", "detail": "mode=0755->0700"}
+        kept = client.stub.Watch(pb.WatchRequest(), timeout=SECONDS)
+        assert [event.sequence for event in kept] == [1, 2]
+
+
+def test_a_follower_that_a_burst_outruns_is_told_how_much_it_lost() -> None:
+    """The stopped daemon finds five changes at once and keeps two events."""
+    with (
+        running(limits={"security_events_kept": 2}) as daemon,
+        Client(daemon.directory, session=False) as client,
+    ):
+        stream = follow(client)
+        loosen(daemon)
+        assert next(stream).sequence == 1
+        daemon.process.send_signal(signal.SIGSTOP)
+        for name in ("session.sock", "rpc.sock", "daemon.lock", "inner", "inner/inner.sock"):
+            (daemon.directory / name).chmod(0o777)
+        daemon.process.send_signal(signal.SIGCONT)
+        eventually(lambda: client.status().security_events == {"chmod": 6})
+        seen = [next(stream)]
+        while seen[-1].sequence < 6:
+            seen.append(next(stream))
+        assert sum(1 + event.dropped for event in seen) == 5
+        assert seen[-2].dropped + seen[-1].dropped > 0
+
+
+def test_followers_are_bounded_and_leave_their_place_when_they_go() -> None:
+    """The third is refused; once a first one has gone, by its own will or with its connection,
+    another one may follow."""
+    with running(limits={"followers": 2}) as daemon, ExitStack() as stack:
+        loosen(daemon)
+        clients = [stack.enter_context(Client(daemon.directory)) for _ in range(3)]
+        streams = [follow(client) for client in clients[:2]]
+        assert [next(stream).sequence for stream in streams] == [1, 1]
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            next(follow(clients[2]))
+        assert [one.sequence for one in clients[2].call("Watch", pb.WatchRequest())] == [1]
+
+        def admitted() -> bool:
+            try:
+                return next(follow(clients[2])).sequence == 1
+            except grpc.RpcError:
+                return False
+
+        streams[0].cancel()  # type: ignore[attr-defined] # a call of grpc
+        eventually(admitted)
+        clients[1].close()
+        eventually(admitted)
+
+
+def test_a_follower_does_not_keep_the_daemon() -> None:
+    """SIGTERM ends the stream behind the last event, with OK, long before calls must."""
+    with (
+        running(limits={"drain_seconds": 60}) as daemon,
+        Client(daemon.directory, session=False) as client,
+    ):
+        loosen(daemon)
+        stream = follow(client)
+        assert next(stream).sequence == 1
+        assert daemon.stop() == 0
+        assert list(stream) == []
