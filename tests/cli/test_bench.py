@@ -24,6 +24,7 @@ NAMES = [
     *("memory", "filesystem", "daemon"),
 ]
 OURS = NAMES[5:]
+ENDLESS = ("--sizes", ",".join(f"0.0{n}" for n in range(10, 40)), "--runs", "1000")
 CHANGED_FILE = "a changed file is not served"
 CHANGED_PATH = "a path cannot change once validated"
 OTHER_DIGEST = "another digest is not served"
@@ -98,7 +99,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def findings(base: Path) -> dict[str, Any]:
     """What one run found, as JSON."""
     bench = Bench(base)
-    words = ("--sizes", "0.02,0.1", "--runs", "2", "--json", "--deltaglider", DELTAGLIDER)
+    words = ("--sizes", "0.1,0.02", "--runs", "2", "--json", "--deltaglider", DELTAGLIDER)
     out, error = bench(*words)
     assert error == ""
     assert bench.left() == []
@@ -240,13 +241,16 @@ def test_people_get_tables_a_document_and_a_chart(bench: Bench) -> None:
 )
 def test_a_signal_leaves_nothing_behind(bench: Bench, number: signal.Signals, stage: str) -> None:
     """While it measures and while it attacks: no file, no daemon, 128 plus the signal's number."""
-    runs = "1" if stage.startswith("attacked") else "1000"
-    words = ("--sizes", "0.001", "--runs", runs, "--report", "r.md")
-    process = bench.start(*words, stderr=subprocess.PIPE)
-    eventually(lambda: list(bench.temporary.glob(f"dgb-*/{stage}")), 60)
-    assert bench.processes() != []
-    process.send_signal(number)
-    out, error = process.communicate(timeout=60)
+    words = ("--sizes", "0.001", "--runs", "1") if stage.startswith("attacked") else ENDLESS
+    process = bench.start(*words, "--report", "r.md", stderr=subprocess.PIPE)
+    try:
+        eventually(lambda: list(bench.temporary.glob(f"dgb-*/{stage}")), 60)
+        assert bench.processes() != []
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        eventually(lambda: not bench.processes(), 60)  # what stands by clears up after a failure
     assert (process.returncode, out) == (128 + number, b"")
     assert error.decode() == f"dg-cache: {number.name}: what was made is removed\n"
     assert bench.left() == []
@@ -256,7 +260,7 @@ def test_a_signal_leaves_nothing_behind(bench: Bench, number: signal.Signals, st
 
 def test_a_bench_that_is_killed_is_cleared_up_after(bench: Bench) -> None:
     """By a process that stands by: the daemon ends, the directory goes."""
-    process = bench.start("--sizes", "0.001", "--runs", "1000", stderr=subprocess.PIPE)
+    process = bench.start(*ENDLESS, stderr=subprocess.PIPE)
     eventually(lambda: list(bench.temporary.glob("dgb-*/daemon/s/session.sock")), 60)
     process.kill()
     process.communicate(timeout=60)
