@@ -109,7 +109,7 @@ def _other_user(scene: _Scene) -> tuple[bool, str]:
     else:
         opened = [name for name in names if lets_others_read(scene.place, name)]
         how = "judged by modes: only root can try as another user"
-    return not opened, f"{how}: opened {_shown(opened)}" if opened else f"{how}: nothing opened"
+    return not opened, f"{how}: {_shown(opened) if opened else 'nothing'} can be read"
 
 
 def _changed_on_disk(scene: _Scene) -> tuple[bool, str]:
