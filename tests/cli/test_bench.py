@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DELTAGLIDER = ROOT / ".venv-deltaglider" / "bin" / "python"
 NAMES = [
     *("v5", "v5-checked", "sha-at-use", "plain-memory", "fernet"),
-    *("memory", "filesystem", "daemon"),
+    *("memory", "filesystem", "disk", "daemon"),
 ]
 OURS = NAMES[5:]
 ENDLESS = ("--sizes", ",".join(f"0.0{n}" for n in range(10, 40)), "--runs", "1000")
@@ -214,7 +214,7 @@ def test_people_get_tables_a_document_and_a_chart(bench: Bench) -> None:
         os.close(controller)
     text = process.communicate(timeout=90)[0].decode()
     assert process.returncode == 0, drawn.decode(errors="replace")
-    assert b"24/24" in drawn
+    assert b"27/27" in drawn
     assert max(map(len, text.splitlines())) <= 80
     report, chart = (bench.home / "r.md").read_text(), (bench.home / "c.svg").read_text()
     for title in ("v5 filesystem", "Fernet files", "dg-cached daemon"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgcache_cli.bench.content_addressed import ContentAddressed
+from dgcache_cli.bench.disk import opened_on_disk
 from dgcache_cli.bench.fernet_files import FernetFiles
 from dgcache_cli.bench.plain_directory import PlainDirectory
 from dgcache_cli.bench.plain_memory import PlainMemory
@@ -24,7 +25,12 @@ from dgcache_cli.bench.port import (
     FirstCachePort,
     PortContender,
 )
-from dgcache_cli.bench.sdk import SdkContender, opened, running_daemon
+from dgcache_cli.bench.sdk import (
+    SdkContender,
+    opened,
+    running_daemon,
+    running_daemon_with_disk,
+)
 from dgcache_core.errors import CacheMissError
 
 BASELINE = "v5"
@@ -222,6 +228,17 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         _sdk("filesystem"),
         _sdk_port("filesystem"),
         ("dgcache.local", "dgcache.reference"),
+    ),
+    Implementation(
+        "disk",
+        "dgcache disk tier",
+        "disk",
+        "memory over the disk tier, as a daemon has it: signed, encrypted files; a read finds "
+        "memory empty, brings the bytes back and is a sealed memory file",
+        opened_on_disk,
+        _sdk_port("dg-cached"),
+        ("dgcache_core.tiered_store",),
+        site=running_daemon_with_disk,
     ),
     Implementation(
         "daemon",

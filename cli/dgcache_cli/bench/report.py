@@ -53,7 +53,7 @@ _COLUMNS = [
     ("shared", "a read to the path while somebody else holds the reference"),
     ("*", "against v5 with has_ref, as DeltaGlider 5.0.0's service used it"),
 ]
-_OWN = ("memory", "filesystem", "daemon")
+_OWN = ("memory", "filesystem", "disk", "daemon")
 _WARM = ("warm", "a process that comes later finds the reference")
 
 

@@ -7,7 +7,7 @@ user's daemon are looked at.
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from dgcache import Settings, launcher
@@ -85,13 +85,13 @@ def opened(backend: str, place: Path, size_mb: int) -> Iterator[ReferenceCache]:
 
 @contextmanager
 def running_daemon(
-    place: Path, size_mb: int, environ: Mapping[str, str]
+    place: Path, size_mb: int, environ: Mapping[str, str], options: tuple[str, ...] = ()
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a private daemon below `place` while the block runs; no signal may raise in here."""
     process = launcher.start(
         _private(environ, place),
         _sockets(place),
-        options=("--memory-size-mb", str(size_mb)),
+        options=("--memory-size-mb", str(size_mb), *options),
         log_file=place / "log" / "dg-cached.log",
     )
     if process is None:
@@ -105,6 +105,14 @@ def running_daemon(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def running_daemon_with_disk(
+    place: Path, size_mb: int, environ: Mapping[str, str]
+) -> AbstractContextManager["subprocess.Popen[bytes]"]:
+    """Run a private daemon with a disk tier; see `running_daemon`."""
+    tier = ("--disk-size-mb", str(size_mb), "--cache-dir", str(place / "daemon"))
+    return running_daemon(place, size_mb, environ, tier)
 
 
 def _sockets(place: Path) -> Path:
