@@ -124,11 +124,11 @@ class DiskStore:
             with self._ring.lend() as keys:
                 if self._is_off:
                     return False
-                if self._find(keys, stored.sha256) is not None:
-                    for deltaspace in stored.deltaspaces:
-                        self.bind(deltaspace, stored.sha256)
-                    return True
-                return self._writer.keep(keys, stored)
+                if self._find(keys, stored.sha256) is None and not self._writer.keep(keys, stored):
+                    return False
+                for deltaspace in stored.deltaspaces:
+                    self.bind(deltaspace, stored.sha256)
+                return True
         except CacheUnavailableError:
             return False
 

@@ -101,11 +101,12 @@ class DiskTable:
     def admission(self, name: str, size: int) -> Iterator[Admission | None]:
         """Make room for a file by removing what was used longest ago, and make its name busy.
 
-        None where somebody is at work on that name, or there can be no room.
+        None where it is an entry's, somebody is at work on it, or there can be no room.
         """
         room = page_rounded(size)
         with self.lock:
-            victims = None if name in self._busy else self.index.victims(room, entries=1)
+            taken = name in self._busy or self.index.named(name) is not None
+            victims = None if taken else self.index.victims(room, entries=1)
             if victims is not None:
                 self._begin(name)
                 self.index.reserved_bytes += room

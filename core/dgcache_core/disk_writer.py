@@ -53,7 +53,9 @@ class DiskWriter:
             return False
         try:
             with self._table.admission(name, size) as admission:
-                if admission is None or self._table.disabled_reason:
+                if admission is None:  # perhaps somebody was faster
+                    return self._table.find(stored.sha256) is not None
+                if self._table.disabled_reason:
                     return False
                 return self._write(keys, header, stored, remaining, admission)
         except CacheCorruptionError as error:
