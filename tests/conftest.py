@@ -18,7 +18,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("DG_", "XDG_RUNTIME_DIR", "NOTIFY_SOCKET", "LISTEN_")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/dev/null")  # nothing is there, or can be made there
 
 
 @pytest.fixture

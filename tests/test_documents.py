@@ -13,6 +13,7 @@ from dgcache import Settings
 from dgcache.testing import running_daemon
 from dgcache_cli.main import make_parser
 from dgcache_core.settings import DaemonSettings, declared
+from dgcache_core.settings_files import read_settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], key=str)
@@ -103,6 +104,17 @@ def test_every_setting_is_in_the_readme_with_its_default() -> None:
         if default is not None:
             shown = str(default).lower() if isinstance(default, bool) else str(default)
             assert rows[one.variable].strip() == shown
+
+
+def test_the_settings_file_in_the_readme_is_accepted(short_directory: Path) -> None:
+    """By both parties, as it stands, where [limits] may stand."""
+    [text] = blocks(README, "toml")
+    file = short_directory.resolve() / "config.toml"
+    file.write_text(text)
+    file.chmod(0o600)
+    daemon = read_settings(DaemonSettings, {}, {}, file).settings
+    assert (daemon.memory_size_mb, daemon.ttl_seconds) == (1024, 43200)
+    assert read_settings(Settings, {}, {}, file).settings.fallback_size_mb == 256
 
 
 def test_every_test_named_as_a_proof_exists() -> None:

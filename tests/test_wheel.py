@@ -75,6 +75,7 @@ def test_the_wheel_works_in_an_empty_environment(
         "DG_CACHE_SOCKET_DIR": str(short_directory / "s"),
         "DG_CACHE_CONNECT_TIMEOUT_MS": "10000",
         "HOME": str(short_directory),
+        "XDG_CONFIG_HOME": "",
     }
 
     def run(*argv: str | Path) -> str:

@@ -396,7 +396,7 @@ def test_a_home_that_cannot_be_entered_has_no_file_of_mine(
     files.write(files.user, "ttl_seconds = 5\n")
     files.user.parent.parent.parent.chmod(0o755)
     files.user.parent.parent.chmod(0o700)
-    files.system = Path("/nonexistent")
+    files.system = Path("/dev/null/none")
     ttl = as_somebody_else(lambda: str(files.read(ClientSettings).settings.ttl_seconds))
     assert ttl == "86400"
 
@@ -430,7 +430,7 @@ def test_without_a_file_nothing_is_imported_and_two_names_are_looked_at(files: F
         "seen, lstat = [], os.lstat\n"
         "os.lstat = lambda path: seen.append(path) or lstat(path)\n"
         "import dgcache_core.settings_files as s\n"
-        "s.read_settings(s.ClientSettings, {'HOME': '/nonexistent'}, {}, s.Path('/none'))\n"
+        "s.read_settings(s.ClientSettings, {'HOME': '/dev/null'}, {}, s.Path('/dev/null/x'))\n"
         "print(len(seen))"
     )
     assert looked_at == "2"

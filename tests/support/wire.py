@@ -164,7 +164,7 @@ def running(
 def own_environment() -> dict[str, str]:
     """Return this process's environment without any setting of ours."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "XDG_", "LISTEN_"))}
-    return {**own, "XDG_CONFIG_HOME": "/nonexistent"}
+    return {**own, "XDG_CONFIG_HOME": "/dev/null"}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 from dgcache import Settings, launcher
 from dgcache.cache import connect
 from dgcache_cli import exits
-from dgcache_cli.findings import findings
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
 from dgcache_core.errors import CacheError, CacheUnavailableError, DaemonAbsentError
 
@@ -134,6 +133,8 @@ def _ask(settings: Settings) -> dict[str, Any]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from dgcache_cli.findings import findings
+
     client = Settings.resolved()
     status = _ask(client.settings)
     found = findings(os.environ, client, status)

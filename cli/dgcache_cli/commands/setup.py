@@ -12,8 +12,6 @@ from dgcache import Settings
 from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.commands.daemon import patient
-from dgcache_cli.example import example
-from dgcache_cli.findings import daemon_from_here, findings
 from dgcache_cli.output import print_fields, print_json, print_table
 from dgcache_core.errors import CacheError, CacheUnavailableError, InvalidReferenceError
 from dgcache_core.settings import ClientSettings, DaemonSettings, Resolved, as_text, declared
@@ -47,6 +45,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _config(arguments: argparse.Namespace) -> int:
+    from dgcache_cli.example import example
+    from dgcache_cli.findings import daemon_from_here, findings
+
     if arguments.example:
         print(example(), end="")
         return exits.OK
