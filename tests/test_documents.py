@@ -117,9 +117,10 @@ def test_the_settings_file_in_the_readme_is_accepted(short_directory: Path) -> N
     assert read_settings(Settings, {}, {}, file).settings.fallback_size_mb == 256
 
 
-def test_every_test_named_as_a_proof_exists() -> None:
-    """SECURITY.md names files and functions."""
-    named = re.findall(r"tests/[\w/]+\.py(?:::\w+)?", (ROOT / "SECURITY.md").read_text())
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/roadmap.md"])
+def test_every_test_named_as_a_proof_exists(document: str) -> None:
+    """They name files and functions."""
+    named = re.findall(r"tests/[\w/]+\.py(?:::\w+)?", (ROOT / document).read_text())
     assert len(named) >= 10
     for name in named:
         path, _, function = name.partition("::")
