@@ -1,5 +1,6 @@
 """The tier's keys are HKDF-SHA256, one for each purpose and generation, and stay in the slab."""
 
+import hmac
 import os
 from collections.abc import Iterator
 
@@ -150,6 +151,24 @@ def test_no_repr_shows_a_secret(slab: KeySlab) -> None:
     shown = repr(keys) + repr(RootKey(slab, TIER_KEY))
     for secret in [TIER_KEY, *secrets_of(keys)]:
         assert secret.hex() not in shown
+
+
+def test_what_a_derivation_leaves_in_ordinary_memory_is_zeroed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The very objects that held a secret hold zeros afterwards."""
+    made: list[bytes] = []
+    real_digest = hmac.digest
+
+    def digest(*arguments: bytes) -> bytes:
+        made.append(real_digest(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(hmac, "digest", digest)
+    out = bytearray(32)
+    derive_into(memoryview(out), memoryview(TIER_KEY), b"salt", b"info")
+    assert made == [bytes(32), bytes(32)]
+    assert any(out)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="reads the process's memory from outside")
