@@ -9,7 +9,8 @@ import pytest
 
 from dgcache_core.aead import CHUNK_BYTES
 from dgcache_core.errors import CacheMissError, MissReason
-from dgcache_core.memory_store import _TWO_THREADS_FROM_BYTES, MemoryStore
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.opening import _TWO_THREADS_FROM_BYTES
 from dgcache_core.references import Sha256
 from dgcache_core.sealed_files import require_sealed
 
