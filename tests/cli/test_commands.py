@@ -108,6 +108,23 @@ def test_restart_begins_with_an_empty_cache(shell: Shell) -> None:
     assert (before["store"]["entries"], after["store"]["entries"]) == (1, 0)
 
 
+def test_restart_keeps_the_options_that_it_is_not_given(cold: Shell) -> None:
+    """As the daemon was started, but for what is said now."""
+    cold("start", "--memory-size-mb", "16", "--ttl-seconds", "600", "--disk-size-mb", "32")
+    cold("restart", "--ttl-seconds", "700")
+    settings = {
+        one["name"]: (float(one["value"]), one["origin"])
+        for one in json.loads(cold.said("status", "--json"))["settings"]
+        if one["name"].endswith(("_MB", "_SECONDS"))
+    }
+    cold("stop")
+    assert settings == {
+        "DG_CACHE_MEMORY_SIZE_MB": (16, "flag"),
+        "DG_CACHE_TTL_SECONDS": (700, "flag"),
+        "DG_CACHE_DISK_SIZE_MB": (32, "flag"),
+    }
+
+
 def test_a_start_that_fails_says_why(cold: Shell) -> None:
     """The daemon's own last word, and its exit status."""
     text = cold.refused("start", "--memory-size-mb", "-1", status=78)

@@ -15,6 +15,7 @@ from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
 from dgcache_core.errors import CacheError, CacheUnavailableError, DaemonAbsentError
+from dgcache_core.settings import DaemonSettings, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
 _PATIENT_MS = 2000
@@ -38,15 +39,15 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add this group's commands."""
     start = commands.add_parser("start", help="start the daemon; returns when it serves")
-    for name, (kind, metavar, text) in _OPTIONS.items():
-        start.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
+    _add_options(start)
     start.set_defaults(run=_start)
 
     stop = commands.add_parser("stop", help="stop the daemon; returns when it has ended")
     stop.set_defaults(run=_stop)
 
-    restart = commands.add_parser("restart", help="stop, then start; the cache begins empty")
-    restart.set_defaults(run=_restart, **dict.fromkeys(_OPTIONS))
+    restart = commands.add_parser("restart", help="stop, then start with the same options")
+    _add_options(restart)
+    restart.set_defaults(run=_restart)
 
     status = commands.add_parser("status", help="how the daemon is, and what it saved")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -56,6 +57,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="the last N lines")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
     logs.set_defaults(run=_logs)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    for name, (kind, metavar, text) in _OPTIONS.items():
+        parser.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
 
 
 def _flag(name: str) -> str:
@@ -106,12 +112,21 @@ def _stop(_: argparse.Namespace) -> int:
 
 def _restart(arguments: argparse.Namespace) -> int:
     try:
-        supervisor = _ask(Settings.from_environment())["supervisor"]
+        status = _ask(Settings.from_environment())
     except CacheError:
-        supervisor = "none"
-    if supervisor == "systemd":
+        status = {"supervisor": "none", "settings": []}
+    if status["supervisor"] == "systemd":
         return _systemctl("restart", _UNITS[1])
+    _take_over_flags(arguments, status["settings"])
     return _stop(arguments) or _start(arguments)
+
+
+def _take_over_flags(arguments: argparse.Namespace, settings: list[dict[str, str]]) -> None:
+    """Let options that are not given now be those the daemon was started with."""
+    given = {one["name"]: one["value"] for one in settings if one["origin"] == "flag"}
+    for name, one in declared(DaemonSettings).items():
+        if name in _OPTIONS and getattr(arguments, name) is None and one.variable in given:
+            setattr(arguments, name, given[one.variable])
 
 
 def _systemctl(verb: str, *units: str) -> int:
