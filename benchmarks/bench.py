@@ -28,10 +28,11 @@ from benchmarks.bench_figures import Figure, Group, Versions, load, of, resident
 from benchmarks.bench_report import Chapter, document, summary, table
 from benchmarks.daemon import running_daemon
 from benchmarks.demo import BUCKET, Bench, Show, Way
-from benchmarks.processes import Interrupted, Interruption, ProcessFailedError, last_words, run
+from benchmarks.processes import ProcessFailedError, last_words, run
 from benchmarks.testbed import ROOT, S3Server, TestbedError, clean_environment
 from benchmarks.workshop import add_place_options, socket_directory, workshop
 from benchmarks.xdelta3 import NoXdelta3Error, ensure_xdelta3
+from dgcache_cli.bench.interruption import Interrupted, Interruption
 
 EXIT_FAILED = 1
 ROUNDS = 7

@@ -29,10 +29,11 @@ from benchmarks.archives import write_version
 from benchmarks.daemon import running_daemon
 from benchmarks.demo_report import Pair, Phase, Result, failures, table
 from benchmarks.leftovers import deltaglider_directories, remove_orphans
-from benchmarks.processes import Interrupted, Interruption, Measured, ProcessFailedError, run
+from benchmarks.processes import Measured, ProcessFailedError, run
 from benchmarks.testbed import REFERENCE_SUFFIX, S3Server, TestbedError
 from benchmarks.workshop import add_place_options, socket_directory, workshop
 from benchmarks.xdelta3 import NoXdelta3Error, ensure_xdelta3
+from dgcache_cli.bench.interruption import Interrupted, Interruption
 
 VERSIONS = 5
 RUNS = 5

@@ -19,66 +19,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+
+from dgcache_cli.bench.interruption import Interruption
 
 KIBIBYTE = 1 << 10
 INTERRUPT_SECONDS = 15.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):  # noqa: N818 - an answer, not an error
-    """A signal asked for the end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
 
 
 class ProcessFailedError(Exception):
     """A program ended with an error or took too long; the message holds its last words."""
-
-
-class Interruption:
-    """SIGINT, SIGTERM and SIGHUP as something to ask and to wait for, inside a `with` block."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._receiver = self._sender = -1
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        """Take over the signals."""
-        self._receiver, self._sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed: what signal() gave
-        os.close(self._receiver)
-        os.close(self._sender)
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable once a signal came."""
-        return self._receiver
-
-    def check(self) -> None:
-        """Raise Interrupted if a signal came."""
-        if self._number:
-            raise Interrupted(self._number)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if not self._number:
-            self._number = number
-            os.write(self._sender, b"!")
 
 
 @dataclass(frozen=True, slots=True)
