@@ -82,6 +82,12 @@ class TierDirectory:
             return True
         return not os.path.samestat(found, os.fstat(self._lock_fd))
 
+    def relative(self, name: str | Path) -> str:
+        """Return a name below the directory, given relative to it or absolute."""
+        path = Path(name)
+        below = path.relative_to(self.path) if path.is_relative_to(self.path) else path
+        return "" if below == Path() else str(below)
+
     # -- one file --------------------------------------------------------------------------------
 
     @contextmanager

@@ -102,17 +102,18 @@ class FormerLife:
     def _take_in(self, name: str, status: os.stat_result, header: DiskHeader) -> None:
         if not status.st_nlink:
             return  # we have just removed it ourselves
+        frame, now = header.frame, self._wall_clock()
+        from_the_future = status.st_ctime_ns > time.time_ns()  # the clock was set back
+        if from_the_future or not frame.created_seconds <= now < frame.expires_seconds:
+            self._table.remove_stray(name)
+            self._table.counters.expirations += 1
+            return
         try:
             ledger = require_own_file(name, status)
             if status.st_ctime_ns > self._table.directory.opened_ctime_ns:
                 raise CacheRefusedError(f"{name} was put there by somebody else")
         except CacheRefusedError as error:
             self._remove(name, DiskEventKind.SECURITY, str(error))
-            return
-        frame, now = header.frame, self._wall_clock()
-        if not frame.created_seconds <= now < frame.expires_seconds:
-            self._table.remove_stray(name)
-            self._table.counters.expirations += 1
             return
         self._add(name, header, ledger, now)
 

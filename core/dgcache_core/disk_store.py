@@ -259,9 +259,9 @@ class DiskStore:
             return self._directory.directories()
         return []
 
-    def is_own_write_in_progress(self, name: str) -> bool:
+    def is_own_write_in_progress(self, name: str | Path) -> bool:
         """Tell whether we are writing or removing the entry of this name at the moment."""
-        return self._table.is_busy(name)
+        return self._table.is_busy(self._directory.relative(name))
 
     def entries(self) -> list[DiskEntryInfo]:
         """Return every entry that is known so far, most recently used first."""

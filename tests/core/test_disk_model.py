@@ -157,6 +157,7 @@ class DiskAgainstAModel(RuleBasedStateMachine):
         digest = data.draw(st.sampled_from(self.model.lru))
         with self.store._ring.lend() as keys:
             path = self.tier.path / keys.file_name(digest)
+        self.tier.tick()
         position = data.draw(st.integers(0, path.stat().st_size - 1))
         with path.open("r+b") as file:
             file.seek(position)

@@ -206,10 +206,26 @@ def test_nothing_restored_while_we_run_is_taken_in(tier: Tier) -> None:
     copies = copies_of(tier)
     store.clear()
     store = open_unscanned(tier)
+    tier.tick()
     restore(copies)
     assert not store.contains(digest)
     assert tier.take_events() == [SECURITY]
     assert not tier.files()
+
+
+def test_a_clock_set_back_between_two_lives_is_no_alarm(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was changed in the future counts as expired, whatever its header says."""
+    tier.keep(tier.open(), b"content")
+    tier.close()
+    seconds = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: seconds)
+    store = tier.open()
+    assert store.status().entries == 0
+    assert store.status().counters.expirations == 1
+    assert not tier.files()
+    assert not tier.events
 
 
 def generation_file(tier: Tier) -> Path:

@@ -296,6 +296,14 @@ def an_overwrite(path: Path, elsewhere: Path) -> None:
     flip_in(path, FIRST_CHUNK)
 
 
+def skip_where_nobody_times_mappings(
+    change: Callable[[Path, Path], None], path: Path, before: os.stat_result
+) -> None:
+    """On tmpfs only the chunk's check sees a write through a mapping."""
+    if change is a_write_through_a_mapping and Ledger.of(path.stat()) == Ledger.of(before):
+        pytest.skip("this file system does not time writes through a mapping")
+
+
 CHANGES = [
     *(a_link, a_hard_link, a_fifo, a_directory, a_socket, another_mode, no_mode),
     *(another_file, a_write_through_a_mapping, an_overwrite),
@@ -314,6 +322,7 @@ def test_a_changed_file_is_a_finding_and_gone(
     assert store.audit_all() == []
     before = path.stat()
     change(path, elsewhere)
+    skip_where_nobody_times_mappings(change, path, before)
     if path.is_file():
         make_it_look_untouched(path, before)
     (finding,) = store.audit_all()
@@ -336,7 +345,9 @@ def test_a_changed_file_is_refused_where_nobody_audits(
     store = tier.open()
     digest = tier.keep(store, DATA)
     path, elsewhere = tier.only_file(), tier.path / "elsewhere"
+    before = path.stat()
     change(path, elsewhere)
+    skip_where_nobody_times_mappings(change, path, before)
     with pytest.raises(CacheCorruptionError):
         store.load(digest, anonymous_memory, tier.slab)
     assert SECURITY in tier.take_events()
@@ -370,9 +381,10 @@ def test_a_changed_file_is_refused_by_the_next_life(
         with pytest.raises(CacheCorruptionError):
             plaintext(loaded)
         return
-    assert kinds == [FOREIGN if change in LEFT_ALONE else SECURITY]
+    left_alone = change in LEFT_ALONE or (change is no_mode and os.geteuid() != 0)
+    assert kinds == [FOREIGN if left_alone else SECURITY]
     assert not store.contains(digest)
-    assert os.path.lexists(path) == (change in LEFT_ALONE)
+    assert os.path.lexists(path) == left_alone
     assert elsewhere.exists() == (change in (a_link, a_hard_link))
 
 

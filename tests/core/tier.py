@@ -1,6 +1,7 @@
 """What the tests of the disk tier share: a tier to open again and again, hand clocks."""
 
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -96,9 +97,23 @@ class Tier:
         return sorted(path for path in self.path.glob("??/??/*") if path.is_file())
 
     def only_file(self) -> Path:
-        """Return the one file there is."""
+        """Return the one file there is, when what is done to it now has another time."""
         (path,) = self.files()
+        self.tick()
         return path
+
+    def tick(self) -> None:
+        """Wait until the clock of the file system has moved on.
+
+        Before Linux 6.13 it does so every 1 to 10 ms; two changes in one tick have the same time.
+        """
+        probe = self.path.parent / "tick"
+        probe.touch()
+        begun, deadline = probe.stat().st_ctime_ns, time.monotonic() + 1
+        while probe.stat().st_ctime_ns == begun:
+            assert time.monotonic() < deadline
+            probe.touch()
+        probe.unlink()
 
     def take_events(self) -> list[DiskEventKind]:
         """Return the kinds of the events since the last call."""
