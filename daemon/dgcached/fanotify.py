@@ -106,7 +106,7 @@ class Fanotify:
         return handle.handle_type, bytes(handle.f_handle[: handle.handle_bytes])
 
     def read(self) -> list[Event]:
-        """Return the events that are there, without our own.
+        """Return the events that are there; of our own only that a directory is over.
 
         Raises:
             OSError: the kernel speaks another version of it.
@@ -132,7 +132,7 @@ def _events(buffer: bytes) -> Iterator[Event]:
             raise OSError(f"fanotify speaks version {version}, not {_METADATA_VERSION}")
         if mask & _Q_OVERFLOW:
             yield Event(None)
-        elif pid != own_pid:
+        elif pid != own_pid or mask & _DELETE_SELF:
             is_over = bool(mask & _DELETE_SELF)
             yield from _named(buffer, offset + header, offset + length, is_over=is_over)
         offset += length

@@ -42,6 +42,7 @@ def ended_well(daemon: Daemon, status: int) -> None:
     assert [path.name for path in daemon.directory.iterdir()] == ["daemon.lock"]
     events = [line.split()[3] for line in daemon.logged().splitlines()]
     assert events[:1] + events[-2:] == ["started", "stopping", "stopped"]
+    assert "security" not in events  # what it takes away itself is no alarm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -221,6 +221,21 @@ def test_a_directory_made_later_is_watched_also_when_it_is_made_again(
 
 
 @with_both
+def test_a_directory_that_its_owner_makes_again_stays_watched(
+    short_directory: Path, mechanism: str
+) -> None:
+    """The notice that the old one is over may come before or after the word of the new one."""
+    with keeper(short_directory, os.geteuid(), mechanism) as files:
+        files.ask("directory", "sub")
+        for _ in range(10):
+            files.ask("again", "sub")
+        os.mknod(files.place / "sub" / "theirs")
+        assert files.alarm() == ("foreign", "sub/theirs")
+        assert files.ask("status")["watched_directories"] == 2
+        assert files.stop() == []
+
+
+@with_both
 def test_more_directories_than_may_be_watched_are_audited(
     short_directory: Path, mechanism: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 Run as `python -m tests.support.monitored UID DIRECTORY LIMITS`. It takes every file in the
 directory for its own, says `ready`, prints each security event as a line of JSON, and does what it
-reads: `rewrite N`, `directory NAME`, `status`, `stop`.
+reads: `rewrite N`, `directory NAME`, `again NAME`, `status`, `stop`.
 """
 
 import asyncio
@@ -75,6 +75,11 @@ class Files:
         self._ledger.forget(name)
         self.on_new_directory(Directory(self._fd, name))
 
+    def make_again(self, name: str) -> None:
+        """Put a new directory in place of an empty one."""
+        os.rmdir(name, dir_fd=self._fd)
+        self.make(name)
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -108,6 +113,8 @@ async def main(argv: Sequence[str]) -> None:
             await asyncio.to_thread(lambda: [files.rewrite(n) for n in range(int(words[1]))])
         elif words[0] == "directory":
             await asyncio.to_thread(files.make, words[1])
+        elif words[0] == "again":
+            await asyncio.to_thread(files.make_again, words[1])
         print(json.dumps(asdict(monitor.status)), flush=True)
     await monitor.stop()
     security.close()
