@@ -217,6 +217,7 @@ def test_a_directory_made_later_is_watched_also_when_it_is_made_again(
             theirs.unlink()
             assert files.alarm() == ("deleted", "sub/theirs")
             theirs.parent.rmdir()
+            assert files.alarm() == ("deleted", "sub")
         assert files.stop() == []
 
 

@@ -39,14 +39,14 @@ class Files:
 
     def _found(self) -> list[str]:
         root = Path(f"/proc/self/fd/{self._fd}")
-        return [str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()]
+        return [str(path.relative_to(root)) for path in root.rglob("*")]
 
     def watched_directories(self) -> list[Directory]:
         return [Directory(self._fd)]
 
     def audit(self, directory: Directory, name: str) -> Finding | None:
         path = os.path.normpath(f"{directory.name}/{name}")
-        if Path(f"/proc/self/fd/{self._fd}", path).is_dir():
+        if path == ".":
             return None
         change = self._ledger.compare(self._fd, path)
         if change is None:
@@ -72,13 +72,13 @@ class Files:
         """Add a directory."""
         with self._ledger.own_change(self._fd, name):
             os.mkdir(name, 0o700, dir_fd=self._fd)
-        self._ledger.forget(name)
         self.on_new_directory(Directory(self._fd, name))
 
     def make_again(self, name: str) -> None:
         """Put a new directory in place of an empty one."""
-        os.rmdir(name, dir_fd=self._fd)
-        self.make(name)
+        with self._ledger.own_change(self._fd, name):
+            os.rmdir(name, dir_fd=self._fd)
+            self.make(name)
 
     def close(self) -> None:
         os.close(self._fd)
