@@ -95,6 +95,10 @@ class DiskIndex:
         """Return every entry in the order in which they leave."""
         return sorted(self._entries.values(), key=lambda entry: entry.rank)
 
+    def next_expiry(self) -> float | None:
+        """Return when the next entry expires, or None where there is none."""
+        return min((entry.expires for entry in self._entries.values()), default=None)
+
     def expired(self, now: float) -> list[DiskEntry]:
         """Return the entries whose time is over."""
         return [entry for entry in self._entries.values() if entry.expires <= now]

@@ -26,7 +26,7 @@ from dgcache_core.disk_table import DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError
 from dgcache_core.keyslab import KeySlab, KeySlot
 from dgcache_core.memory import Allocate
-from dgcache_core.references import Sha256
+from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.tier_keys import TierKeys
 
 
@@ -45,6 +45,10 @@ class DiskReader:
             CacheCorruptionError: a check failed; the entry and its file are gone.
             CacheFullError: no memory or no key slot.
         """
+        with self._table.lock:  # room for it in memory may cost its own place on disk
+            deltaspaces = self._table.index.bindings.deltaspaces(entry.sha256)
+            if self._table.index.has(entry):
+                self._table.index.touch(entry)
         try:
             blob, key = self._read(keys, entry, allocate, slab)
         except (CacheCorruptionError, CacheRefusedError) as error:
@@ -60,7 +64,7 @@ class DiskReader:
         except OSError as error:
             self._table.note_failure(error)
             return None
-        return self._loaded(entry, blob, key)
+        return self._loaded(entry, blob, key, deltaspaces)
 
     def _read(
         self, keys: TierKeys, entry: DiskEntry, allocate: Allocate, slab: KeySlab
@@ -74,11 +78,11 @@ class DiskReader:
                 raise CacheCorruptionError("it is not the file that was written")
             return read_blob(descriptor, header, keys, allocate, slab)
 
-    def _loaded(self, entry: DiskEntry, blob: mmap.mmap, key: KeySlot) -> LoadedBlob:
+    def _loaded(
+        self, entry: DiskEntry, blob: mmap.mmap, key: KeySlot, deltaspaces: list[Deltaspace]
+    ) -> LoadedBlob:
         with self._table.lock:
             entry.loads += 1
-            if self._table.index.has(entry):
-                self._table.index.touch(entry)
             self._table.counters.loads += 1
             self._table.counters.loaded_bytes += entry.frame.size
             return LoadedBlob(
@@ -86,7 +90,7 @@ class DiskReader:
                 sha256=entry.sha256,
                 blob=blob,
                 key=key,
-                deltaspaces=self._table.index.bindings.deltaspaces(entry.sha256),
+                deltaspaces=deltaspaces,
                 expires_in_seconds=entry.expires - self._table.clock(),
             )
 

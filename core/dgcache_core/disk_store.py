@@ -25,7 +25,7 @@ generation raise, and only `dgcache_core.errors`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -115,16 +115,22 @@ class DiskStore:
     # -- writing and reading ---------------------------------------------------------------------
 
     def keep(self, stored: StoredBlob) -> bool:
-        """Write a blob unless it is here already; tell whether it is here now.
+        """Write a blob unless it is here already, for as long; tell whether it is here now.
 
-        Each of its chunks is checked on the way, so that a blob that rotted in memory is refused
-        (and told as an event) and never made durable.
+        That counts as a use. Each of its chunks is checked on the way, so that a blob that rotted
+        in memory is refused (and told as an event) and never made durable.
         """
         try:
             with self._ring.lend() as keys:
                 if self._is_off:
                     return False
-                if self._find(keys, stored.sha256) is None and not self._writer.keep(keys, stored):
+                entry = self._find(keys, stored.sha256)
+                if entry is not None and self._writer.is_as_fresh(entry, stored):
+                    self._use(entry, stored.deltaspaces)
+                    return True
+                if entry is not None:  # the same content was stored anew and lives longer
+                    self._table.remove([entry], None)
+                if not self._writer.keep(keys, stored):
                     return False
                 for deltaspace in stored.deltaspaces:
                     self.bind(deltaspace, stored.sha256)
@@ -165,6 +171,19 @@ class DiskStore:
             self._find(keys, sha256)
             return MissReason.UNKNOWN if self._is_off else self._table.why_absent(sha256)
         return MissReason.UNKNOWN
+
+    def lacks(self, sha256: Sha256) -> bool:
+        """Tell whether a load would surely miss, without asking the disk."""
+        with self._table.lock:
+            is_unknown = self._former_life.is_done and self._table.index.get(sha256) is None
+            return self._is_off or is_unknown
+
+    def explain_absence(self, gone: Iterable[Sha256], reason: MissReason) -> None:
+        """Remember why references that are not here are not in the tier above either."""
+        with self._table.lock:
+            for sha256 in gone:
+                if self._table.index.get(sha256) is None:
+                    self._table.remember(sha256, reason)
 
     def bind(self, deltaspace: Deltaspace, sha256: Sha256) -> None:
         """Let a deltaspace name an entry until the process ends; its file is not written anew."""
@@ -228,6 +247,12 @@ class DiskStore:
                 expired = self._table.index.expired(self._table.clock())
             self._table.expire(expired)
             self._former_life.go_on(_SCAN_SECONDS)
+
+    def seconds_to_next_sweep(self) -> float | None:
+        """Return how long until a sweep has something to do, or None where nothing is waiting."""
+        if not self._former_life.is_done:
+            return 0.0
+        return self._table.seconds_to_next_sweep()
 
     def close(self) -> None:
         """Zero the keys, give the directory to the next; files of an ephemeral key are removed."""
@@ -298,6 +323,13 @@ class DiskStore:
             self._former_life.judge(keys.file_name(sha256), keys)
             entry = self._table.find(sha256)
         return entry
+
+    def _use(self, entry: DiskEntry, deltaspaces: list[Deltaspace]) -> None:
+        with self._table.lock:
+            if self._table.index.has(entry):
+                self._table.index.touch(entry)
+                for deltaspace in deltaspaces:
+                    self._table.index.bindings.bind(deltaspace, entry.sha256)
 
     def _renew(self) -> None:
         name = self._ring.generation_name

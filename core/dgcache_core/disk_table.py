@@ -242,6 +242,14 @@ class DiskTable:
             self.disabled_reason = ""
         self.tell(DiskEventKind.ENABLED, "", f"the disk tier in {self.directory.path} is on again")
 
+    def seconds_to_next_sweep(self) -> float | None:
+        """Return how long until something expires or the next try, or None."""
+        with self.lock:
+            if self.disabled_reason:
+                return max(0.0, self._retry_at - self.clock())
+            expiry = self.index.next_expiry()
+            return None if expiry is None else max(0.0, expiry - self.clock())
+
     # -- the lock is held in _begin and _take_out, and not in the others -------------------------
 
     def _begin(self, name: str) -> None:

@@ -22,6 +22,8 @@ from dgcache_core.scratch import ScratchPool
 from dgcache_core.sealed_files import write_at
 from dgcache_core.tier_keys import MAC_BYTES, TierKeys
 
+_WORTH_WRITING_SECONDS = 1.0
+
 
 class DiskWriter:
     """Writes blobs. Thread-safe."""
@@ -35,7 +37,7 @@ class DiskWriter:
     def keep(self, keys: TierKeys, stored: StoredBlob) -> bool:
         """Write a blob of which there is no entry; tell whether there is one now."""
         name = keys.file_name(stored.sha256)
-        remaining = self._remaining_seconds(stored)
+        remaining = self.remaining_seconds(stored)
         if remaining <= 0:
             return False
         header = seal_disk_header(
@@ -67,7 +69,13 @@ class DiskWriter:
             self._table.note_failure(error, size)
         return False
 
-    def _remaining_seconds(self, stored: StoredBlob) -> float:
+    def is_as_fresh(self, entry: DiskEntry, stored: StoredBlob) -> bool:
+        """Tell whether an entry lives as long as a blob that is to be written."""
+        left = entry.expires - self._table.clock()
+        return left >= self.remaining_seconds(stored) - _WORTH_WRITING_SECONDS
+
+    def remaining_seconds(self, stored: StoredBlob) -> float:
+        """Return how long a blob has still to live."""
         if stored.expires_in_seconds is not None:
             return stored.expires_in_seconds
         now = self._wall_clock()

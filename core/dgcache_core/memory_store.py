@@ -92,6 +92,7 @@ class MemoryStore:
         max_entries: int = 4096,
         allocate: Allocate = anonymous_memory,
         clock: Clock = boottime_seconds,
+        wall_clock: Clock = time.time,
         spill: Spill | None = None,
     ) -> None:
         """Make an empty store.
@@ -103,6 +104,7 @@ class MemoryStore:
             max_entries: how many entries (and keys) there can be.
             allocate: where ciphertext lives.
             clock: seconds, for expiry and order.
+            wall_clock: seconds since the epoch, which are written into each blob.
             spill: keeps what leaves for want of room; must not raise.
         """
         self._spill = spill
@@ -110,6 +112,7 @@ class MemoryStore:
         self._limit_bytes = max_bytes
         self._ttl_seconds = ttl_seconds
         self._clock = clock
+        self._wall_clock = wall_clock
         self._allocate = allocate
         self._make_keys = partial(KeySlab, max_entries, may_fork=may_fork)
         self._keys = self._make_keys()
@@ -127,6 +130,7 @@ class MemoryStore:
         self._reserved_bytes = 0
         self._counters = Counters()
         self._leaving_bytes = 0  # of entries that are being spilled
+        self._spills: set[object] = set()  # one for each that is being written
         self._in_progress = 0  # stores and decryptions, which need keys, helpers and buffers
         self._closed = False
 
@@ -198,7 +202,7 @@ class MemoryStore:
         """See `Store.begin`."""
         if size < 0:
             raise InvalidReferenceError(f"a size is not negative, got {size}")
-        now = int(time.time())
+        now = int(self._wall_clock())
         frame = Frame(size, now, now + int(self._ttl_seconds))
         room = page_rounded(frame.sealed_bytes)
         with self._lock:
@@ -329,23 +333,34 @@ class MemoryStore:
         self._enter(entry, loaded.deltaspaces)
         self._by_age = {e.sha256: None for e in sorted(self._all(), key=lambda e: e.expires)}
 
-    def flush(self, seconds: float) -> int:
-        """Write every entry to the tier below, the most recently used first, in `seconds`.
+    def flush(self, seconds: float, max_bytes: int) -> None:
+        """Write entries to the tier below, the most recently used first.
 
-        Returns:
-            how many there was no time for.
+        Args:
+            seconds: no write begins later.
+            max_bytes: what the tier below has room for: what came after that would take the place
+                of what was used more recently.
         """
         deadline = time.monotonic() + seconds
-        left = 0
         with self._lock:
             for entry in reversed(self._all()):
-                if entry.dropped or self._spill is None:
-                    continue
-                if time.monotonic() < deadline:
+                max_bytes -= entry.bytes + mmap.PAGESIZE  # the tier's own header
+                if self._spill is None or max_bytes < 0 or time.monotonic() >= deadline:
+                    return
+                if not entry.dropped:
                     self._spill_unlocked(entry, self._spill)
-                else:
-                    left += 1
-        return left
+
+    def await_spills(self) -> None:
+        """Wait until what is being written to the tier below now is there, or has failed."""
+        with self._lock:
+            begun = set(self._spills)
+            self._opened.wait_for(lambda: not begun & self._spills, _LONGEST_SPILL_SECONDS)
+
+    def explain_absence(self, sha256: Sha256, reason: MissReason) -> None:
+        """Remember why the tier below does not have it any more, unless it is here."""
+        with self._lock:
+            if sha256 not in self._entries:
+                self._remember(sha256, reason)
 
     def _all(self) -> list[_Entry]:
         return list(self._entries.values())
@@ -394,13 +409,15 @@ class MemoryStore:
             self._limit_bytes = max(0, min(max_bytes, self._max_bytes))
             self._expire()
             self._handouts.sweep()
-            before, freed = self._used_bytes, 0
+            freed: list[_Entry] = []
             for entry in [entry for entry in self._entries.values() if not entry.readers]:
                 if self._used_bytes <= self._limit_bytes:
                     break
-                if not entry.dropped and not entry.readers:
-                    freed += self._evict_one(entry, MissReason.PRESSURE)
-            return Freed(freed, before - self._used_bytes)
+                if entry.dropped or entry.readers:
+                    continue  # since the lock was given away
+                if self._evict_one(entry, MissReason.PRESSURE):
+                    freed.append(entry)
+            return Freed(len(freed), sum(entry.bytes for entry in freed))
 
     def sweep(self) -> None:
         """See `Store.sweep`."""
@@ -585,10 +602,13 @@ class MemoryStore:
         return self._keys.new_key()
 
     def _free_a_slot(self) -> None:
-        if not self._keys.has_free_slot:
+        deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
+        while not self._keys.has_free_slot:
             oldest = next((e for e in self._entries.values() if not e.readers), None)
             if oldest is not None:
                 self._evict_one(oldest)
+            elif not self._spills or not self._opened.wait(deadline - time.monotonic()):
+                return
 
     def _evict_one(self, entry: _Entry, reason: MissReason = MissReason.EVICTED) -> bool:
         """Let an idle entry leave for the tier below; False where it does not leave after all."""
@@ -607,6 +627,8 @@ class MemoryStore:
         """Give the lock away while the entry, pinned, is written to the tier below."""
         entry.readers += 1
         self._leaving_bytes += entry.bytes
+        this = object()
+        self._spills.add(this)
         deltaspaces = self._bindings.deltaspaces(entry.sha256)
         self._lock.release()
         try:
@@ -624,6 +646,7 @@ class MemoryStore:
         finally:
             self._lock.acquire()
             self._leaving_bytes -= entry.bytes
+            self._spills.discard(this)
             self._unpin(entry)
             self._opened.notify_all()
 

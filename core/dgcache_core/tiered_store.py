@@ -6,7 +6,8 @@ chunk as always. The disk is never believed, and never needed: where it fails, i
 the store goes on with memory alone.
 
 Both tiers may have a reference at once. It counts as one: for `entries`, and for what `evict` and
-`clear` say they freed.
+`clear` say they freed. Those two wait for what is on its way between the tiers: nothing that they
+removed comes back from the other one.
 """
 
 import threading
@@ -15,13 +16,16 @@ from contextlib import contextmanager, suppress
 
 from dgcache_core.disk_records import DiskEntryInfo, DiskStatus, StoredBlob
 from dgcache_core.disk_store import DiskStore
-from dgcache_core.errors import CacheCorruptionError, CacheError, MissReason
+from dgcache_core.errors import CacheCorruptionError, CacheError, CacheMissError, MissReason
 from dgcache_core.handouts import Handout
 from dgcache_core.memory_store import MemoryIngest, MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.store import EntryInfo, Freed, StoreStatus
 
 _LONGEST_RESTORE_SECONDS = 60.0
+_MOST_RESTORES = 3
+"""How often a lookup brings a reference back: others may need its room before it is decrypted."""
+_TOLD_BY_THE_DISK = (MissReason.EXPIRED, MissReason.DROPPED_CORRUPT)
 
 
 class TieredStore:
@@ -41,26 +45,36 @@ class TieredStore:
         self._lock = threading.Lock()
         self._restored = threading.Condition(self._lock)
         self._restoring: set[Sha256] = set()
+        self._removals = 0  # in progress: nothing is restored meanwhile
 
     def lookup(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
         """See `Store.lookup`. A reference that only the disk has is restored first."""
-        self._restore_if_missing(deltaspace, sha256)
-        try:
-            return self._memory.lookup(deltaspace, sha256)
-        except CacheCorruptionError:
-            self._disk.drop_corrupt(sha256)  # the same bytes may be there
-            raise
+        for _ in range(_MOST_RESTORES - 1):
+            try:
+                return self._restore_and_look_up(deltaspace, sha256)
+            except CacheMissError:
+                if not self._disk.contains(sha256):
+                    raise
+        return self._restore_and_look_up(deltaspace, sha256)
 
     def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
-        """See `ResidentStore.lookup_shared`."""
-        if self._is_only_on_disk(deltaspace, sha256):
+        """See `ResidentStore.lookup_shared`. Asks the disk for nothing."""
+        if self._memory.miss_reason(deltaspace, sha256) is not None and not self._disk.lacks(
+            sha256
+        ):
             return None
-        return self._memory.lookup_shared(deltaspace, sha256)
+        try:
+            return self._memory.lookup_shared(deltaspace, sha256)
+        except CacheMissError:
+            if self._disk.lacks(sha256):
+                raise
+            return None  # it has just gone to disk
 
     def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
         """See `Store.miss_reason`."""
-        reason = self._memory.miss_reason(deltaspace, sha256)
-        return None if reason is None or self._disk.contains(sha256) else reason
+        if self._is_only_on_disk(deltaspace, sha256):
+            return None
+        return self._memory.miss_reason(deltaspace, sha256)
 
     def begin(
         self,
@@ -75,17 +89,28 @@ class TieredStore:
 
     def evict(self, deltaspace: Deltaspace) -> Freed:
         """See `Store.evict`."""
-        before = self._sizes()
-        self._memory.evict(deltaspace)
-        self._disk.evict(deltaspace)
-        return self._freed_since(before)
+        with self._no_restores():
+            before = self._sizes()
+            self._memory.evict(deltaspace)
+            self._memory.await_spills()
+            self._disk.evict(deltaspace)
+            return self._freed_since(before)
 
     def clear(self, *, rekey: bool = False) -> Freed:
-        """See `Store.clear`."""
-        before = self._sizes()
-        self._memory.clear(rekey=rekey)
-        self._disk.clear(rekey=rekey)
-        return self._freed_since(before)
+        """See `Store.clear`. One tier is cleared also where the other has no new keys.
+
+        Raises:
+            CacheUnavailableError: rekey, and the disk tier could write no new generation: what it
+                has is still there.
+        """
+        with self._no_restores():
+            before = self._sizes()
+            try:
+                self._memory.clear(rekey=rekey)
+            finally:
+                self._memory.await_spills()
+                self._disk.clear(rekey=rekey)
+            return self._freed_since(before)
 
     def set_limit(self, max_bytes: int) -> Freed:
         """See `MemoryStore.set_limit`; what leaves memory goes to disk."""
@@ -114,8 +139,9 @@ class TieredStore:
 
     def close(self) -> None:
         """See `Store.close`. A disk tier that outlives this life gets what memory has."""
-        if self._disk.status().persistent:
-            self._memory.flush(self._flush_seconds)
+        disk = self._disk.status()
+        if disk.persistent:
+            self._memory.flush(self._flush_seconds, disk.max_bytes)
         self._memory.close()
         self._disk.close()
 
@@ -125,8 +151,9 @@ class TieredStore:
         return self._memory.max_entry_bytes
 
     def seconds_to_next_expiry(self) -> float | None:
-        """See `MemoryStore.seconds_to_next_expiry`; the disk is swept when memory is."""
-        return self._memory.seconds_to_next_expiry()
+        """Return how long until a sweep has something to do in one of the tiers, or None."""
+        both = self._memory.seconds_to_next_expiry(), self._disk.seconds_to_next_sweep()
+        return min((seconds for seconds in both if seconds is not None), default=None)
 
     @property
     def handouts_outstanding(self) -> int:
@@ -134,9 +161,20 @@ class TieredStore:
         return self._memory.handouts_outstanding
 
     def _is_only_on_disk(self, deltaspace: Deltaspace, sha256: Sha256) -> bool:
-        return self._memory.miss_reason(deltaspace, sha256) is not None and self._disk.contains(
-            sha256
-        )
+        if self._memory.miss_reason(deltaspace, sha256) is None:
+            return False
+        reason = self._disk.miss_reason(sha256)
+        if reason in _TOLD_BY_THE_DISK:
+            self._memory.explain_absence(sha256, reason)
+        return reason is None
+
+    def _restore_and_look_up(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
+        self._restore_if_missing(deltaspace, sha256)
+        try:
+            return self._memory.lookup(deltaspace, sha256)
+        except CacheCorruptionError:
+            self._disk.drop_corrupt(sha256)  # the same bytes may be there
+            raise
 
     def _restore_if_missing(self, deltaspace: Deltaspace, sha256: Sha256) -> None:
         """Bring it back, once for all who ask at the same time."""
@@ -149,7 +187,10 @@ class TieredStore:
     @contextmanager
     def _alone(self, sha256: Sha256) -> Iterator[None]:
         with self._lock:
-            self._restored.wait_for(lambda: sha256 not in self._restoring, _LONGEST_RESTORE_SECONDS)
+            self._restored.wait_for(
+                lambda: sha256 not in self._restoring and not self._removals,
+                _LONGEST_RESTORE_SECONDS,
+            )
             self._restoring.add(sha256)
         try:
             yield
@@ -158,13 +199,26 @@ class TieredStore:
                 self._restoring.discard(sha256)
                 self._restored.notify_all()
 
+    @contextmanager
+    def _no_restores(self) -> Iterator[None]:
+        with self._lock:
+            self._removals += 1
+            self._restored.wait_for(lambda: not self._restoring, _LONGEST_RESTORE_SECONDS)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._removals -= 1
+                self._restored.notify_all()
+
     def _sizes(self) -> dict[Sha256, int]:
         return {entry.sha256: entry.size for entry in self.entries()}
 
     def _freed_since(self, before: dict[Sha256, int]) -> Freed:
         after = self._sizes()
-        gone = [size for sha256, size in before.items() if sha256 not in after]
-        return Freed(len(gone), sum(gone))
+        gone = {sha256: size for sha256, size in before.items() if sha256 not in after}
+        self._disk.explain_absence(gone, MissReason.EVICTED)
+        return Freed(len(gone), sum(gone.values()))
 
 
 def spill_to(disk: DiskStore) -> Callable[[StoredBlob], None]:

@@ -70,13 +70,18 @@ class DiskTier:
         return Directory(self._fd, ITSELF if relative == Path() else str(relative))
 
 
-def open_disk_tier(settings: DaemonSettings, security: SecurityEvents) -> DiskTier | None:
-    """Return the tier that the settings ask for; None, with a line in the log, where it fails.
+def open_disk_tier(
+    settings: DaemonSettings, security: SecurityEvents
+) -> tuple[DiskTier | None, pb.DiskStatus | None]:
+    """Return the tier that the settings ask for, or, with a line in the log, why there is none.
 
     The key in the settings is wiped: the tier has its own copy, in protected memory.
+
+    Returns:
+        the tier, and what Status says instead where it fails; neither where none is asked for.
     """
     if settings.disk_size_mb <= 0:
-        return None
+        return None, None
     tier: DiskTier | None = None
 
     def on_directory(path: Path) -> None:
@@ -101,7 +106,7 @@ def open_disk_tier(settings: DaemonSettings, security: SecurityEvents) -> DiskTi
             raise
     except (CacheError, OSError) as error:
         event(logging.ERROR, "disk-disabled", reason=error)
-        return None
+        return None, pb.DiskStatus(disabled_reason=_as_text(error))
     finally:
         if key is not None:
             key.wipe()
@@ -114,7 +119,7 @@ def open_disk_tier(settings: DaemonSettings, security: SecurityEvents) -> DiskTi
         entries=status.entries,
         persistent=status.persistent,
     )
-    return tier
+    return tier, None
 
 
 def _reporter(security: SecurityEvents) -> Callable[[DiskEvent], None]:
@@ -139,7 +144,7 @@ def disk_status_message(status: DiskStatus) -> pb.DiskStatus:
     """Return how full the tier is as a message."""
     counters = status.counters
     return pb.DiskStatus(
-        directory=status.directory.encode(errors="replace").decode(),
+        directory=_as_text(status.directory),
         enabled=status.enabled,
         disabled_reason=status.disabled_reason,
         persistent=status.persistent,
@@ -157,3 +162,8 @@ def disk_status_message(status: DiskStatus) -> pb.DiskStatus:
         foreign_files=counters.foreign_files,
         other_key_files=counters.other_key_files,
     )
+
+
+def _as_text(value: object) -> str:
+    """A path may hold any bytes; a string of protobuf must be Unicode."""
+    return str(value).encode(errors="replace").decode()

@@ -105,7 +105,7 @@ class Daemon:
         self._security = SecurityEvents(
             kept=limits.security_events_kept, followers=limits.followers
         )
-        self._disk = open_disk_tier(resolved.settings, self._security)
+        self._disk, self._no_disk = open_disk_tier(resolved.settings, self._security)
         self._store = self._make_store()
         self._registry = Registry()
         self._sweeper = Sweeper(self._store)
@@ -292,7 +292,7 @@ class Daemon:
             security_events=self._security.counts,
             monitor=pb.Monitor(**asdict(self._monitor.status)),
             pressure=self._pressure.message(),
-            disk=self._disk.message() if self._disk is not None else None,
+            disk=self._disk.message() if self._disk is not None else self._no_disk,
         )
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:

@@ -285,14 +285,18 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.ContainsRequest, context: aio.ServicerContext
     ) -> pb.ContainsResponse:
         """See the .proto."""
-        reason = self._store.miss_reason(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        look = partial(
+            self._store.miss_reason, _deltaspace(request.deltaspace), _sha256(request.sha256)
+        )
+        reason = await asyncio.get_running_loop().run_in_executor(None, look)
         return pb.ContainsResponse(contained=reason is None, miss_reason=reason or "")
 
     async def Evict(
         self, request: pb.EvictRequest, context: aio.ServicerContext
     ) -> pb.EvictResponse:
         """See the .proto."""
-        freed = self._store.evict(_deltaspace(request.deltaspace))
+        evict = partial(self._store.evict, _deltaspace(request.deltaspace))
+        freed = await asyncio.get_running_loop().run_in_executor(None, evict)
         return pb.EvictResponse(freed_entries=freed.entries, freed_bytes=freed.bytes)
 
     async def Clear(
