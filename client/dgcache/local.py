@@ -7,10 +7,10 @@ from typing import Any
 from dgcache.report import logger
 from dgcache.settings import Settings
 from dgcache.sources import Source
-from dgcache_core.directories import open_private_directory
+from dgcache_core.ephemeral import EphemeralDirectory
 from dgcache_core.errors import CacheError, MissReason
 from dgcache_core.handouts import Handout
-from dgcache_core.memory import unnamed_files
+from dgcache_core.memory import anonymous_memory
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.settings import base_directory
@@ -22,28 +22,23 @@ _MAX_ENTRIES = 512
 class LocalBackend:
     """A `MemoryStore` of this process; `filesystem` keeps its ciphertext in nameless files.
 
-    Nothing of it can outlive the process: the keys are in its memory, the files have no name.
+    Nothing of it can outlive the process: the keys are in its memory, the files have no name. Of
+    their directory see `dgcache_core.ephemeral`, also why no signal handler is installed.
     """
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
-        self._directory_fd = -1
-        size = settings.fallback_bytes
+        self._directory: EphemeralDirectory | None = None
         if name == "filesystem":
-            self._directory_fd = open_private_directory(
-                base_directory(settings.cache_dir) / "v2" / "ephemeral", create=True
-            )
-            self._store = MemoryStore(
-                size,
-                settings.ttl_seconds,
-                may_fork=True,
-                max_entries=_MAX_ENTRIES,
-                allocate=unnamed_files(self._directory_fd),
-            )
-        else:
-            self._store = MemoryStore(
-                size, settings.ttl_seconds, may_fork=True, max_entries=_MAX_ENTRIES
-            )
+            base = base_directory(settings.cache_dir)
+            self._directory = EphemeralDirectory(base / "v2" / "ephemeral")
+        self._store = MemoryStore(
+            settings.fallback_bytes,
+            settings.ttl_seconds,
+            may_fork=True,
+            max_entries=_MAX_ENTRIES,
+            allocate=self._directory.allocate if self._directory else anonymous_memory,
+        )
         self.max_entry_bytes = self._store.max_entry_bytes
 
     def get(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
@@ -91,9 +86,8 @@ class LocalBackend:
     def close(self) -> None:
         """See `Backend`."""
         self._store.close()
-        if self._directory_fd >= 0:
-            os.close(self._directory_fd)
-            self._directory_fd = -1
+        if self._directory is not None:
+            self._directory.close()
 
 
 def make_local(settings: Settings) -> tuple[LocalBackend, CacheError | None]:

@@ -7,10 +7,14 @@ which the kernel frees with its last descriptor, also after kill -9.
 import errno
 import mmap
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Callable
 
 from dgcache_core.errors import CacheFullError
+
+_NAMELESS = os.O_TMPFILE | os.O_EXCL  # O_EXCL: nobody can give it a name later (open(2))
+_MOMENTARY = re.compile(r"[0-9a-f]{32}|\.nfs[0-9a-f]+")  # NFS names what was unlinked while open
 
 Allocate = Callable[[int], mmap.mmap]
 """Returns a zeroed, writable mapping of that many bytes; raises CacheFullError."""
@@ -55,7 +59,7 @@ def unnamed_files(directory_fd: int) -> Allocate:
     def allocate(size: int) -> mmap.mmap:
         try:
             descriptor = os.open(
-                f"/proc/self/fd/{directory_fd}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600
+                f"/proc/self/fd/{directory_fd}", _NAMELESS | os.O_RDWR | os.O_CLOEXEC, 0o600
             )
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
@@ -72,11 +76,22 @@ def unnamed_files(directory_fd: int) -> Allocate:
     return allocate
 
 
+def is_momentary_name(name: str) -> bool:
+    """Tell whether a name is one that an entry's file may have where there is no O_TMPFILE."""
+    return _MOMENTARY.fullmatch(name) is not None
+
+
 def _named_for_a_moment(directory_fd: int) -> int:
-    """For file systems without O_TMPFILE: a file whose name is removed at once."""
+    """For file systems without O_TMPFILE: a file that loses its name before it has any content."""
+    name = secrets.token_hex(16)
     try:
-        descriptor, path = tempfile.mkstemp(dir=f"/proc/self/fd/{directory_fd}", prefix=".")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, 0o600, dir_fd=directory_fd)
     except OSError as error:
         raise CacheFullError(f"no file can be made: {error.strerror}") from error
-    os.unlink(path)  # noqa: PTH108 - the path leads through a descriptor, pathlib adds nothing
+    try:
+        os.unlink(name, dir_fd=directory_fd)
+    except OSError as error:
+        os.close(descriptor)
+        raise CacheFullError(f"a file keeps its name: {error.strerror}") from error
     return descriptor
