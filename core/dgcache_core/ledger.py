@@ -116,7 +116,8 @@ class Ledger:
     def own_change(self, dir_fd: int, *names: str) -> Iterator[None]:
         """Let us change these files; each is recorded at the end, or forgotten where it is gone.
 
-        Name the temporary file of a write, too. Changes of one name may overlap.
+        Name the temporary file of a write, too. Changes of one name may overlap. What somebody else
+        does meanwhile is taken for ours, so do no more inside than the change itself.
 
         Raises:
             OSError: a file cannot be looked at afterwards.

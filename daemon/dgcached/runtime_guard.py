@@ -97,7 +97,8 @@ class RuntimeGuard:
             return Finding(ChangeKind.DELETED, name, f"{self._listeners.directory} leads elsewhere")
         change = self._ledger.compare(self._fd, name)
         if change is None:
-            return None
+            # no row and no file: somebody took it away while we made it, and the row found nothing
+            return None if name in self._ledger.names() else Finding(ChangeKind.DELETED, name)
         self._ledger.record(self._fd, name)
         return Finding(change.kind, name, change.detail)
 

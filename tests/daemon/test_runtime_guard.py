@@ -1,5 +1,6 @@
 """What others do in the runtime directory is seen and undone, and clients go on being served."""
 
+import asyncio
 import os
 import socket
 import sys
@@ -10,7 +11,14 @@ from typing import Any
 
 import pytest
 
+from dgcache_core.directories import open_private_directory
+from dgcache_core.ledger import ChangeKind
 from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcached.limits import Limits
+from dgcached.monitor import Finding
+from dgcached.runtime_guard import RuntimeGuard
+from dgcached.security_events import SecurityEvents
+from dgcached.sockets import Listeners, make_listeners
 from tests.support.wire import (
     OWNER_UID,
     SECONDS,
@@ -130,6 +138,42 @@ def test_whoever_is_connected_goes_on_when_a_socket_is_made_again(name: str) -> 
         (event,) = client.call("Watch", pb.WatchRequest())
         assert (event.sequence, event.kind, event.severity) == (1, "deleted", "critical")
         assert event.fields == {"place": "runtime", "name": name}
+
+
+def test_a_socket_that_is_taken_away_while_it_is_made_is_not_forgotten(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its row in the ledger; the next look finds it missing."""
+    directory = short_directory / "s"
+    path = directory / "rpc.sock"
+    make = Listeners.bind_again
+
+    def make_and_lose(self: Listeners, name: str) -> socket.socket:
+        old = make(self, name)
+        path.unlink()
+        return old
+
+    async def rpc_listen_on(_: socket.socket) -> None:
+        pass
+
+    async def story() -> None:
+        listeners = make_listeners(directory, open_private_directory(directory, create=True), 8)
+        listeners.make_inner_directory()
+        security = SecurityEvents(kept=8, followers=0)
+        guard = RuntimeGuard(listeners, security, Limits(), give_up=pytest.fail)
+        await guard.start(lambda _: None, rpc_listen_on)
+        (place, _) = guard.watched_directories()
+        path.unlink()
+        for replacement in (make_and_lose, make):
+            finding = guard.audit(place, "rpc.sock")
+            assert finding == Finding(ChangeKind.DELETED, "rpc.sock")
+            monkeypatch.setattr(Listeners, "bind_again", replacement)
+            await guard.mend(guard, finding)
+        assert path.is_socket()
+        assert guard.audit(place, "rpc.sock") is None
+        listeners.close()
+
+    asyncio.run(story())
 
 
 def test_nobody_listens_behind_a_link_to_a_socket(short_directory: Path) -> None:
