@@ -290,17 +290,6 @@ def require_own_file(name: str, status: os.stat_result) -> Ledger:
     return Ledger.of(status)
 
 
-def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Fill `into` from `offset` on; return how many bytes there were."""
-    filled = 0
-    while filled < len(into):
-        count = os.preadv(descriptor, [into[filled:]], offset + filled)
-        if not count:
-            break
-        filled += count
-    return filled
-
-
 def _reserve_blocks(descriptor: int, size: int) -> None:
     """A full disk is an error here, before anything is written (posix_fallocate(3))."""
     try:

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dgcache_core.disk_files import TierDirectory, read_at, require_own_file
+from dgcache_core.disk_files import TierDirectory, require_own_file
 from dgcache_core.disk_names import GENERATION
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
 from dgcache_core.keyslab import KeySlab
-from dgcache_core.sealed_files import write_at
+from dgcache_core.sealed_files import read_at, write_at
 from dgcache_core.tier_keys import MAC_BYTES, SALT_BYTES, Generation, RootKey, TierKeys
 
 _MAGIC = b"DGCG"

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 
 from dgcache_core.aead import HEADER_BYTES, Frame, open_header
-from dgcache_core.disk_files import read_at, require_own_file
+from dgcache_core.disk_files import require_own_file
 from dgcache_core.disk_format import (
     PREFIX_BYTES,
     DiskHeader,
@@ -27,6 +27,7 @@ from dgcache_core.errors import CacheCorruptionError, CacheRefusedError
 from dgcache_core.keyslab import KeySlab, KeySlot
 from dgcache_core.memory import Allocate
 from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.sealed_files import read_at
 from dgcache_core.tier_keys import TierKeys
 
 

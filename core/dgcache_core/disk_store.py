@@ -49,7 +49,12 @@ from dgcache_core.disk_records import (
 from dgcache_core.disk_scan import FormerLife
 from dgcache_core.disk_table import DiskTable
 from dgcache_core.disk_writer import DiskWriter
-from dgcache_core.errors import CacheUnavailableError, MissReason
+from dgcache_core.errors import (
+    CacheFullError,
+    CacheRefusedError,
+    CacheUnavailableError,
+    MissReason,
+)
 from dgcache_core.keyslab import KeySlab
 from dgcache_core.memory import Allocate
 from dgcache_core.references import Deltaspace, Sha256
@@ -229,15 +234,21 @@ class DiskStore:
                 before is unreadable.
 
         Raises:
-            CacheUnavailableError: no new generation could be made durable; nothing was removed.
+            CacheUnavailableError: no new generation could be made durable, or the store is closed;
+                nothing was removed.
         """
-        with self._ring.lend():
-            self._former_life.go_on()
+        try:
+            with self._ring.lend():
+                self._former_life.go_on()
+                if rekey:
+                    self._renew()
+                with self._table.lock:
+                    entries = self._table.index.oldest_first()
+                return self._remove_all(entries)
+        except CacheUnavailableError:
             if rekey:
-                self._renew()
-            with self._table.lock:
-                entries = self._table.index.oldest_first()
-            return self._remove_all(entries)
+                raise
+            return Freed()  # closed
 
     def sweep(self) -> None:
         """Remove what has expired, go on with the scan, try again where the tier is off."""
@@ -337,11 +348,10 @@ class DiskStore:
             with self._table.busy(name):
                 self._ring.renew()
                 self._auditor.take_down(name)
-        except OSError as error:
-            self._table.note_failure(error)
-            raise CacheUnavailableError(
-                f"no new key generation could be written: {error.strerror}"
-            ) from error
+        except (OSError, CacheRefusedError, CacheFullError) as error:
+            if isinstance(error, OSError):
+                self._table.note_failure(error)
+            raise CacheUnavailableError(f"no new key generation could be made: {error}") from error
 
     def _remove_all(self, entries: list[DiskEntry]) -> Freed:
         gone = self._table.remove(entries, MissReason.EVICTED)

@@ -9,17 +9,18 @@ import os
 from collections.abc import Callable
 
 from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, open_chunk
-from dgcache_core.disk_files import read_at, require_own_file
+from dgcache_core.disk_files import require_own_file
 from dgcache_core.disk_format import body_bytes, seal_disk_header
 from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
+from dgcache_core.disk_names import NEW
 from dgcache_core.disk_reader import require_vouched
 from dgcache_core.disk_records import DiskEventKind, Ledger, StoredBlob
 from dgcache_core.disk_table import Admission, DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
 from dgcache_core.memory import page_rounded
 from dgcache_core.scratch import ScratchPool
-from dgcache_core.sealed_files import write_at
+from dgcache_core.sealed_files import read_at, write_at
 from dgcache_core.tier_keys import MAC_BYTES, TierKeys
 
 _WORTH_WRITING_SECONDS = 1.0
@@ -63,7 +64,8 @@ class DiskWriter:
         except CacheCorruptionError as error:
             self._table.tell(DiskEventKind.CORRUPT, name, f"not written: {error}")
         except CacheRefusedError as error:
-            self._table.directory.remove_links(name)
+            for place in (name, NEW):
+                self._table.directory.remove_links(place)
             self._table.tell(DiskEventKind.SECURITY, name, f"not written: {error}")
         except OSError as error:
             self._table.note_failure(error, size)

@@ -63,3 +63,14 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         written = os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset += written
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill `into` from `offset` on; return how many bytes there were."""
+    filled = 0
+    while filled < len(into):
+        count = os.preadv(descriptor, [into[filled:]], offset + filled)
+        if not count:
+            break
+        filled += count
+    return filled

@@ -1,5 +1,6 @@
 """What a former life left: with its key it is found again, else it is removed or left alone."""
 
+import errno
 import os
 import tempfile
 import time
@@ -288,6 +289,28 @@ def test_a_changed_generation_or_lock_is_one_finding(tier: Tier) -> None:
     assert finding.name == "tier.lock"
     assert store.audit_all() == store.audit(path) == []
     assert tier.take_events() == [SECURITY, SECURITY]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "rename"])
+def test_a_new_generation_that_cannot_be_kept_is_none(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The error says so, nothing is removed, and the old keys go on being the keys."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = tier.open()
+    digest = tier.keep(store, b"content")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(CacheUnavailableError, match="No space"):
+            store.clear(rekey=True)
+    tier.advance(61)
+    store.sweep()
+    assert tier.take_events() == [DiskEventKind.DISABLED, DiskEventKind.ENABLED]
+    assert tier.load(store, digest) == b"content"
+    assert tier.load(tier.open(), digest) == b"content"
 
 
 # -- what should not be there --------------------------------------------------------------------

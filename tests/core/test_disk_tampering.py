@@ -408,11 +408,14 @@ def test_a_link_instead_of_a_directory_is_removed_and_never_followed(
     assert sorted(moved.rglob("*")) == before
 
 
-def test_a_link_in_the_way_of_a_write_is_removed(tier: Tier, short_directory: Path) -> None:
+@pytest.mark.parametrize("where", ["entries", "new"])
+def test_a_link_in_the_way_of_a_write_is_removed(
+    tier: Tier, short_directory: Path, where: str
+) -> None:
     """The write fails this once, with an alarm, and the next one succeeds."""
     store = tier.open()
     digest = tier.keep(store, DATA)
-    top = tier.only_file().parent.parent
+    top = tier.path / "new" if where == "new" else tier.only_file().parent.parent
     store.forget(digest)
     shutil.rmtree(top)
     elsewhere = short_directory / "elsewhere"
