@@ -101,6 +101,11 @@ class KeySlab:
         """Tell whether there is a slot for one more key."""
         return bool(self._free)
 
+    @property
+    def free_slots(self) -> int:
+        """How many more keys there is room for."""
+        return len(self._free)
+
     def owns(self, slot: KeySlot) -> bool:
         """Tell whether a slot is one of this slab's."""
         return slot._slab is self

@@ -131,6 +131,7 @@ class MemoryStore:
         self._counters = Counters()
         self._leaving_bytes = 0  # of entries that are being spilled
         self._spills: set[object] = set()  # one for each that is being written
+        self._promised_keys = 0  # of those that are being restored
         self._in_progress = 0  # stores and decryptions, which need keys, helpers and buffers
         self._closed = False
 
@@ -301,6 +302,7 @@ class MemoryStore:
         with self._lock:
             self._require_open()
             self._free_a_slot()
+            self._promised_keys += 1
             self._in_progress += 1
         loaded: LoadedBlob | None = None
         try:
@@ -308,6 +310,7 @@ class MemoryStore:
         finally:
             with self._lock:
                 self._reserved_bytes -= reserved
+                self._promised_keys -= 1
                 if loaded is not None:
                     self._take_back(loaded)
                 self._end_progress()
@@ -325,7 +328,8 @@ class MemoryStore:
             expires=now + loaded.expires_in_seconds,
             last_used=now,
         )
-        if self._closed or entry.sha256 in self._entries:
+        unwanted = self._closed or not self._keys.owns(loaded.key)
+        if unwanted or entry.sha256 in self._entries:
             entry.dropped = True
             self._blob_bytes += entry.bytes
             self._free(entry)
@@ -603,7 +607,7 @@ class MemoryStore:
 
     def _free_a_slot(self) -> None:
         deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
-        while not self._keys.has_free_slot:
+        while self._keys.free_slots <= self._promised_keys:
             oldest = next((e for e in self._entries.values() if not e.readers), None)
             if oldest is not None:
                 self._evict_one(oldest)

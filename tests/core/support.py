@@ -14,8 +14,8 @@ from pathlib import Path
 from hypothesis import settings
 
 from dgcache_core.handouts import Handout
-from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
+from dgcache_core.store import Store
 
 DETERMINISTIC = settings(derandomize=True, deadline=None, database=None)
 """The same examples at every run, and no test fails for being slow."""
@@ -49,7 +49,7 @@ class HandClock:
 
 
 def put(
-    store: MemoryStore,
+    store: Store,
     data: bytes,
     deltaspace: Deltaspace = RELEASES,
     expected: Sha256 | None = None,
@@ -60,7 +60,7 @@ def put(
         return ingest.commit()
 
 
-def get(store: MemoryStore, sha256: Sha256, deltaspace: Deltaspace = RELEASES) -> bytes:
+def get(store: Store, sha256: Sha256, deltaspace: Deltaspace = RELEASES) -> bytes:
     """Look some bytes up, read them, and hold them no longer."""
     with held(store.lookup(deltaspace, sha256)) as handout:
         return read_all(handout)
