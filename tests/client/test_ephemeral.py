@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from dgcache_core.errors import CacheFullError
 from dgcache_core.runtime_directory import machine_key
 from tests.support.real_users import pidfd_of
 from tests.support.refused_syscalls import FLOCK, refusing, without_nameless_files
-from tests.support.wire import FOREIGN_UID, SECONDS, as_user, eventually, own_environment, poll
+from tests.support.wire import FOREIGN_UID, SECONDS, as_user, own_environment, poll
 
 PIECE = random.Random(7).randbytes(3 << 20)[1_000_000:1_000_064]
 
@@ -455,24 +454,15 @@ def test_a_forked_child_does_not_hold_its_parent_s_lock(base: Path, start: Start
         signal.pidfd_send_signal(child, signal.SIGKILL)
 
 
-def test_a_closed_directory_makes_no_more_files(base: Path) -> None:
-    """While others close it, a store that goes on gets an error, never a file somewhere else."""
+def test_a_closed_directory_makes_no_more_files(base: Path, tmp_path: Path) -> None:
+    """A store that goes on gets an error, never a file where its number leads to now."""
     directory = EphemeralDirectory(place_of(base))
-    made, refused = threading.Event(), threading.Event()
-
-    def allocate() -> None:
-        try:
-            while True:
-                directory.allocate(4096).close()
-                made.set()
-        except CacheFullError:
-            refused.set()
-
-    thread = threading.Thread(target=allocate)
-    thread.start()
-    assert made.wait(SECONDS)
+    directory.allocate(4096).close()
     directory.close()
     directory.close()
-    assert refused.wait(SECONDS)
-    thread.join(SECONDS)
-    eventually(lambda: directories(base) == [])
+    assert directories(base) == []
+    reused = [os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY) for _ in range(8)]
+    with pytest.raises(CacheFullError, match="closed"):
+        directory.allocate(4096)
+    for descriptor in reused:
+        os.close(descriptor)
