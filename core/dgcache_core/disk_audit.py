@@ -13,10 +13,11 @@ from pathlib import Path
 from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_names import GENERATION, LOCK, NEW, is_entry_name, is_level_name
-from dgcache_core.disk_records import DiskEventKind, Finding, Ledger
+from dgcache_core.disk_records import DiskEventKind, Finding
 from dgcache_core.disk_scan import FormerLife
 from dgcache_core.disk_table import DiskTable
 from dgcache_core.errors import CacheRefusedError
+from dgcache_core.ledger import FileState
 
 
 class Auditor:
@@ -26,7 +27,7 @@ class Auditor:
         self._table = table
         self._ring = ring
         self._scan = scan
-        self._fixed: dict[str, Ledger | None] = {}
+        self._fixed: dict[str, FileState | None] = {}
         for name in (LOCK, ring.generation_name):
             self.take_down(name)
 
@@ -70,7 +71,7 @@ class Auditor:
                     return None
                 kind, message = DiskEventKind.REMOVED, "somebody else removed it"
             else:
-                message = f"somebody else changed it: {entry.ledger.changes(now)}"
+                message = f"somebody else changed it: {entry.ledger.change_to(now)}"
         if not self._table.drop(entry, kind, message):
             return None
         return Finding(kind, entry.name, message)
@@ -86,7 +87,7 @@ class Auditor:
             return None
         self._fixed[name] = now
         kind = DiskEventKind.SECURITY
-        changes = "it is gone" if now is None else then.changes(now) if then else "it is new"
+        changes = "it is gone" if now is None else then.change_to(now) if then else "it is new"
         message = f"somebody else changed it: {changes}"
         self._table.tell(kind, name, message)
         return Finding(kind, name, message)
@@ -114,9 +115,9 @@ class Auditor:
             return self._table.is_known(name) or not self._scan.is_done
         return False
 
-    def _look(self, name: str) -> Ledger | None:
+    def _look(self, name: str) -> FileState | None:
         try:
-            return Ledger.of(self._table.directory.look(name))
+            return FileState.of(self._table.directory.look(name))
         except FileNotFoundError:
             return None
 

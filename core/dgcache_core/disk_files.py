@@ -27,8 +27,8 @@ from dgcache_core.disk_names import (
     is_ours,
     is_temporary_name,
 )
-from dgcache_core.disk_records import Ledger
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
+from dgcache_core.ledger import FileState
 
 FILE_MODE = 0o600
 
@@ -273,7 +273,7 @@ class TierDirectory:
         return descriptor
 
 
-def require_own_file(name: str, status: os.stat_result) -> Ledger:
+def require_own_file(name: str, status: os.stat_result) -> FileState:
     """Check that this is a regular file with one name, mine and for me only.
 
     Raises:
@@ -287,7 +287,7 @@ def require_own_file(name: str, status: os.stat_result) -> Ledger:
         raise CacheRefusedError(f"{name} has mode {stat.S_IMODE(status.st_mode):04o}, not 0600")
     if status.st_nlink != 1:
         raise CacheRefusedError(f"{name} has {status.st_nlink} names")
-    return Ledger.of(status)
+    return FileState.of(status)
 
 
 def _reserve_blocks(descriptor: int, size: int) -> None:

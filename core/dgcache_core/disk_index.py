@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from dgcache_core.aead import Frame
 from dgcache_core.bindings import Bindings
-from dgcache_core.disk_records import DiskEntryInfo, Ledger
+from dgcache_core.disk_records import DiskEntryInfo
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import page_rounded
 from dgcache_core.references import Deltaspace, Sha256
 
@@ -28,7 +29,7 @@ class DiskEntry:
     sha256: Sha256
     frame: Frame
     mac: bytes
-    ledger: Ledger
+    ledger: FileState
     created: float
     expires: float
     loads: int = 0

@@ -73,7 +73,7 @@ class DiskReader:
         with self._table.directory.opened(entry.name) as descriptor:
             now = require_own_file(entry.name, os.fstat(descriptor))
             if now != entry.ledger:
-                raise CacheRefusedError(f"somebody else changed it: {entry.ledger.changes(now)}")
+                raise CacheRefusedError(f"somebody else changed it: {entry.ledger.change_to(now)}")
             header = judge_file(descriptor, keys, entry.name)[1]
             if header is None or not hmac.compare_digest(header.mac, entry.mac):
                 raise CacheCorruptionError("it is not the file that was written")

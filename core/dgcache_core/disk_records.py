@@ -1,11 +1,9 @@
 """What goes in and out of the disk tier, and what it says about itself."""
 
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 from dgcache_core.aead import Frame
 from dgcache_core.keyslab import KeySlot
@@ -76,42 +74,6 @@ class Finding:
     kind: DiskEventKind
     name: str
     message: str
-
-
-class Ledger(NamedTuple):
-    """What the kernel said of a file after our own last write (stat(2)).
-
-    Nobody can set ctime: a file that was changed and made to look as before differs all the same.
-    """
-
-    dev: int
-    ino: int
-    nlink: int
-    mode: int
-    uid: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "Ledger":
-        """Take down what identifies a file and its last change."""
-        return cls(
-            status.st_dev,
-            status.st_ino,
-            status.st_nlink,
-            status.st_mode,
-            status.st_uid,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-
-    def changes(self, now: "Ledger") -> str:
-        """Name the fields in which a file differs from its ledger."""
-        return ", ".join(
-            name for name, then in self._asdict().items() if then != getattr(now, name)
-        )
 
 
 @dataclass(slots=True)

@@ -21,9 +21,10 @@ from dgcache_core.disk_format import DiskHeader, Origin
 from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_reader import judge_file
-from dgcache_core.disk_records import DiskEventKind, Ledger
+from dgcache_core.disk_records import DiskEventKind
 from dgcache_core.disk_table import DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
+from dgcache_core.ledger import FileState
 from dgcache_core.tier_keys import TierKeys
 
 _MAX_EVENTS = 100
@@ -117,7 +118,7 @@ class FormerLife:
             return
         self._add(name, header, ledger, now)
 
-    def _add(self, name: str, header: DiskHeader, ledger: Ledger, now: float) -> None:
+    def _add(self, name: str, header: DiskHeader, ledger: FileState, now: float) -> None:
         clock = self._table.clock()
         entry = DiskEntry(
             name=name,

@@ -15,9 +15,10 @@ from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_names import NEW
 from dgcache_core.disk_reader import require_vouched
-from dgcache_core.disk_records import DiskEventKind, Ledger, StoredBlob
+from dgcache_core.disk_records import DiskEventKind, StoredBlob
 from dgcache_core.disk_table import Admission, DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import page_rounded
 from dgcache_core.scratch import ScratchPool
 from dgcache_core.sealed_files import read_at, write_at
@@ -112,7 +113,7 @@ class DiskWriter:
             self._table.counters.kept_bytes += frame.size
         return True
 
-    def _write_file(self, name: str, header: bytes, stored: StoredBlob) -> Ledger:
+    def _write_file(self, name: str, header: bytes, stored: StoredBlob) -> FileState:
         directory, durable = self._table.directory, self._ring.is_persistent
         size = len(header) + body_bytes(stored.frame)
         with directory.new_file(size) as (new, descriptor):
@@ -122,7 +123,7 @@ class DiskWriter:
             with directory.opened(new) as again:
                 _require_written(new, descriptor, again, header, size)
                 directory.publish(new, name, durable=durable)
-                return Ledger.of(os.fstat(again))  # after the rename, which changes ctime
+                return FileState.of(os.fstat(again))  # after the rename, which changes ctime
 
     def _write_checked(self, descriptor: int, header: bytes, stored: StoredBlob) -> None:
         frame, blob = stored.frame, stored.blob

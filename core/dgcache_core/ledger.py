@@ -42,9 +42,14 @@ class Change:
     kind: ChangeKind
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})"
+
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class FileState:
+    """What stat(2) tells of a file that counts: who it is, who may use it, and its last change."""
+
     dev: int
     ino: int
     type: int
@@ -58,6 +63,7 @@ class _Row:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
+        """Take down what matters; of a directory, not what is in it."""
         contents = (status.st_nlink, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return cls(
             status.st_dev,
@@ -68,6 +74,20 @@ class _Row:
             status.st_gid,
             *((0, 0, 0, 0) if stat.S_ISDIR(status.st_mode) else contents),
         )
+
+    def change_to(self, now: "FileState") -> Change:
+        """Name the difference to another state, which there must be."""
+        kind = next(
+            kind
+            for kind, fields in _KINDS
+            if any(getattr(self, field) != getattr(now, field) for field in fields)
+        )
+        shown = (
+            f"{field}={_shown(field, self)}->{_shown(field, now)}"
+            for field in ("ino", "size", "nlink", "mode", "uid", "gid")
+            if getattr(self, field) != getattr(now, field)
+        )
+        return Change(kind, " ".join(shown) or "times alone")
 
 
 _KINDS: tuple[tuple[ChangeKind, tuple[str, ...]], ...] = (
@@ -85,7 +105,7 @@ class Ledger:
     """The rows of the files in one directory."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, FileState] = {}
         self._changing: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -154,7 +174,7 @@ class Ledger:
             return Change(ChangeKind.DELETED, "")
         if before is None:
             return Change(ChangeKind.FOREIGN, f"uid={now.uid} mode={now.mode:04o}")
-        return _difference(before, now)
+        return before.change_to(now)
 
     def _record(self, dir_fd: int, name: str) -> None:
         row = _look(dir_fd, name)
@@ -169,27 +189,13 @@ class Ledger:
             del self._changing[name]
 
 
-def _look(dir_fd: int, name: str) -> _Row | None:
+def _look(dir_fd: int, name: str) -> FileState | None:
     try:
-        return _Row.of(os.stat(name, dir_fd=dir_fd, follow_symlinks=False))
+        return FileState.of(os.stat(name, dir_fd=dir_fd, follow_symlinks=False))
     except FileNotFoundError:
         return None
 
 
-def _difference(before: _Row, now: _Row) -> Change:
-    kind = next(
-        kind
-        for kind, fields in _KINDS
-        if any(getattr(before, field) != getattr(now, field) for field in fields)
-    )
-    shown = (
-        f"{field}={_shown(field, before)}->{_shown(field, now)}"
-        for field in ("ino", "size", "nlink", "mode", "uid", "gid")
-        if getattr(before, field) != getattr(now, field)
-    )
-    return Change(kind, " ".join(shown) or "times alone")
-
-
-def _shown(field: str, row: _Row) -> str:
+def _shown(field: str, row: FileState) -> str:
     value: int = getattr(row, field)
     return f"{value:04o}" if field == "mode" else str(value)

@@ -12,7 +12,7 @@ import pytest
 from dgcache_core import disk_store
 from dgcache_core.disk_format import VERSION
 from dgcache_core.disk_names import tier_directory
-from dgcache_core.disk_records import DiskEventKind, Ledger
+from dgcache_core.disk_records import DiskEventKind
 from dgcache_core.disk_store import DiskStore
 from dgcache_core.errors import (
     CacheRefusedError,
@@ -20,6 +20,7 @@ from dgcache_core.errors import (
     MissReason,
     SettingsError,
 )
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import anonymous_memory
 from dgcache_core.runtime_directory import machine_key
 
@@ -341,14 +342,14 @@ def test_what_is_not_ours_is_left_alone_counted_and_told(tier: Tier, make: "obje
     tier.path.chmod(0o700)
     make(path)  # type: ignore[operator] # one of the above
     path.chmod(0o600)
-    before = Ledger.of(path.lstat())
+    before = FileState.of(path.lstat())
     store = tier.open()
     assert tier.take_events() == [FOREIGN]
     assert store.status().counters.foreign_files == 1
     assert store.status().entries == 0
     store.clear()
     store.close()
-    assert Ledger.of(path.lstat()) == before
+    assert FileState.of(path.lstat()) == before
 
 
 def test_a_link_where_a_file_should_be_is_removed(tier: Tier, short_directory: Path) -> None:

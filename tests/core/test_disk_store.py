@@ -8,7 +8,7 @@ import pytest
 
 from dgcache_core.aead import CHUNK_BYTES, Frame
 from dgcache_core.disk_format import MIN_HEADER_BYTES, body_bytes
-from dgcache_core.disk_records import DiskEventKind, Ledger, StoredBlob
+from dgcache_core.disk_records import DiskEventKind, StoredBlob
 from dgcache_core.disk_store import DiskStore
 from dgcache_core.errors import (
     CacheCorruptionError,
@@ -17,6 +17,7 @@ from dgcache_core.errors import (
     MissReason,
 )
 from dgcache_core.keyslab import KeySlab
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import anonymous_memory, page_rounded
 from dgcache_core.references import Deltaspace
 
@@ -314,7 +315,7 @@ def test_a_failed_load_gives_its_slot_back(tier: Tier) -> None:
         file.write(b"\0" if path.read_bytes()[MIN_HEADER_BYTES] else b"\1")
     entry = store._table.index.get(digest)
     assert entry is not None
-    entry.ledger = Ledger.of(path.stat())  # as if the disk itself had rotted
+    entry.ledger = FileState.of(path.stat())  # as if the disk itself had rotted
     with pytest.raises(CacheCorruptionError, match="header failed its check"):
         store.load(digest, anonymous_memory, one_slot)
     assert one_slot.has_free_slot

@@ -11,9 +11,10 @@ import pytest
 
 from dgcache_core.aead import CHUNK_BYTES, TAG_BYTES
 from dgcache_core.disk_format import MIN_HEADER_BYTES, PREFIX_BYTES
-from dgcache_core.disk_records import DiskEventKind, Ledger
+from dgcache_core.disk_records import DiskEventKind
 from dgcache_core.disk_store import DiskStore
 from dgcache_core.errors import CacheCorruptionError, MissReason
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import anonymous_memory
 from dgcache_core.references import Sha256
 from dgcache_core.tier_keys import MAC_BYTES
@@ -136,7 +137,7 @@ def test_a_disk_that_rots_without_a_trace_is_never_served(tier: Tier, region: st
     flip_in(path, REGIONS[region])
     entry = store._table.index.get(digest)
     assert entry is not None
-    entry.ledger = Ledger.of(path.stat())
+    entry.ledger = FileState.of(path.stat())
     if "chunk" in region or region == "last tag":
         loaded = store.load(digest, anonymous_memory, tier.slab)
         assert loaded is not None
@@ -210,7 +211,7 @@ def test_an_older_signed_file_is_refused_by_its_signature_too(tier: Tier) -> Non
     rewrite(path, older)
     entry = store._table.index.get(digest)
     assert entry is not None
-    entry.ledger = Ledger.of(path.stat())
+    entry.ledger = FileState.of(path.stat())
     assert refused(tier, store, digest) is CORRUPT
 
 
@@ -300,7 +301,7 @@ def skip_where_nobody_times_mappings(
     change: Callable[[Path, Path], None], path: Path, before: os.stat_result
 ) -> None:
     """On tmpfs only the chunk's check sees a write through a mapping."""
-    if change is a_write_through_a_mapping and Ledger.of(path.stat()) == Ledger.of(before):
+    if change is a_write_through_a_mapping and FileState.of(path.stat()) == FileState.of(before):
         pytest.skip("this file system does not time writes through a mapping")
 
 
