@@ -29,7 +29,16 @@ def chmod(daemon: Daemon, mode: int, count: int) -> None:
 
 
 def command(directory: Path, *words: str) -> list[str]:
-    return ["env", f"DG_CACHE_SOCKET_DIR={directory}", sys.executable, "-m", "dgcache_cli", *words]
+    # a shell that starts the tests in the background has them ignore SIGINT
+    return [
+        "env",
+        "--default-signal=INT",
+        f"DG_CACHE_SOCKET_DIR={directory}",
+        sys.executable,
+        "-m",
+        "dgcache_cli",
+        *words,
+    ]
 
 
 def said(directory: Path, *words: str, status: int = 0) -> str:
