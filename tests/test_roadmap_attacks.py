@@ -6,6 +6,7 @@ disk tier was really changed, that the right bytes are served before and after.
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ import grpc
 import pytest
 from benchmarks.testbed import ROOT
 
+import dgcache
+from dgcache import Settings, copies
+from dgcache import cache as cache_module
+from dgcache_core.references import Deltaspace, Sha256
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.real_users import real_user
 from tests.support.wire import (
@@ -45,7 +50,7 @@ _NOBODYS = "ab" * 32
 # Imported as ourselves, since a user may not be able to read the interpreter's files; dumpable
 # again, so that the user's own programs may open /proc/PID/fd.
 _AS = """\
-import ctypes, errno, hashlib, json, os, random, select, socket, subprocess, sys, time
+import ctypes, errno, fcntl, hashlib, json, os, random, select, socket, subprocess, sys, time
 import dgcache, dgcache.local, dgcache.remote
 from pathlib import Path
 become(int(sys.argv[1]))
@@ -123,7 +128,7 @@ for data, target in zip(references, targets):
     encode = ["xdelta3", "-e", "-n", "-c", "-s", work / "reference"]
     deltas.append(subprocess.run(encode, input=target, stdout=subprocess.PIPE, check=True).stdout)
 (work / "reference").unlink()
-ends = dict(right=0, wrong=0, missed=0, corrupt=0, failed=0)
+ends = dict(right=0, wrong=0, missed=0, corrupt=0, refused=0, failed=0)
 with opened(directory) as cache:
     digests = [cache.put("bucket", "releases", data) for data in references]
     print("ready", flush=True)
@@ -133,8 +138,12 @@ with opened(directory) as cache:
             reference = cache.get("bucket", "releases", digests[which])
         except (dgcache.CacheMissError, dgcache.CacheCorruptionError) as error:
             ends["missed" if isinstance(error, dgcache.CacheMissError) else "corrupt"] += 1
-            reference = cache.get_or_fetch(
-                "bucket", "releases", digests[which], lambda: references[which])
+            try:
+                reference = cache.get_or_fetch(
+                    "bucket", "releases", digests[which], lambda: references[which])
+            except dgcache.InvalidReferenceError:  # overwritten before it was sealed, and seen
+                ends["refused"] += 1
+                continue
         with reference:
             decode = ["xdelta3", "-d", "-n", "-c", "-s", reference.path]
             done = subprocess.run(decode, input=deltas[which], capture_output=True)
@@ -172,6 +181,14 @@ def write_again(path):
     except OSError:
         pass
     overwrite(path)
+def kind_of(path):
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return "handout"
+    sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    os.close(file)
+    return "handout" if sealed else "unfinished"  # a fetch of the reader's own, before its check
 def attempt(what, on, path):
     global tries
     tries += 1
@@ -199,7 +216,7 @@ while not select.select([sys.stdin], [], [], 0.02)[0]:
         except OSError:
             continue
         for what in (overwrite, truncate, unlink, link, replace, write_again):
-            attempt(what, "handout", path)
+            attempt(what, kind_of(path), path)
     try:
         found = [str(path) for place in places for path in place.rglob("*")
                  if path.is_file() and path.name != "tier.lock"]
@@ -239,14 +256,63 @@ def test_no_swap_or_write_between_get_and_decode_gives_wrong_bytes() -> None:
             same_tries, same_successes = json.loads(said_by(same))
         log = user.daemon.logged()
     assert ends["wrong"] == ends["failed"] == 0
-    assert (ends["right"], ends["backend"]) == (_ROUNDS, "dg-cached")
+    assert ends["right"] + ends["refused"] == _ROUNDS
+    assert ends["right"] > _ROUNDS / 2
+    assert ends["backend"] == "dg-cached"
     assert min(foreign_tries, same_tries) > 100
     assert foreign_successes == {}
     assert not [name for name in same_successes if name.startswith("handout")]
-    assert sum(same_successes.values()) > 10  # of the disk's files, which are its own
+    on_disk = [count for name, count in same_successes.items() if name.startswith("disk")]
+    assert sum(on_disk) > 10  # the attacker's own files, after all
     assert ends["loads"] > 0  # the disk tier was in use
     assert ends["seen"] > 0
     assert "security kind=" in log
+
+
+@pytest.mark.parametrize("moment", ["before it is sealed", "after it was hashed"])
+@pytest.mark.parametrize("size", [None, _SIZE], ids=["hashed here", "hashed by the daemon"])
+def test_a_fetched_reference_that_is_overwritten_in_the_client_is_refused_or_unchanged(
+    daemon: Settings, monkeypatch: pytest.MonkeyPatch, size: int | None, moment: str
+) -> None:
+    """By a writer that gets in through /proc at the worst moment; Yama does not forbid that."""
+    data, outcome = content(5), []
+    commit, hashed = copies.Mirror.commit, cache_module.sha256_of_descriptor
+
+    def overwrite() -> None:
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):
+                if str(link.readlink()).startswith("/memfd:") and link.stat().st_size == _SIZE:
+                    link.chmod(0o600)
+                    with link.open("r+b", buffering=0) as file:
+                        outcome.append("opened")
+                        file.write(b"wrong")
+                        outcome.append("written")
+
+    def commit_then(mirror: copies.Mirror) -> str | None:
+        stored = commit(mirror)
+        overwrite()
+        return stored
+
+    def hash_then(descriptor: int, length: int) -> Sha256:
+        digest = hashed(descriptor, length)
+        overwrite()
+        return digest
+
+    if moment == "before it is sealed":
+        monkeypatch.setattr(copies.Mirror, "commit", commit_then)
+    else:
+        monkeypatch.setattr(cache_module, "sha256_of_descriptor", hash_then)
+    wanted, sha256 = Deltaspace("bucket", "releases"), Sha256(digest_of(data))
+    with dgcache.open(daemon) as cache:
+        if moment == "before it is sealed":
+            with pytest.raises(dgcache.InvalidReferenceError):
+                cache.adopt(wanted, sha256, io.BytesIO(data), size=size)
+            assert outcome == ["opened", "written"]
+        else:
+            with cache.adopt(wanted, sha256, io.BytesIO(data), size=size) as reference:
+                assert reference.read() == data
+            assert "opened" in outcome
+            assert "written" not in outcome
 
 
 def own(directory: str, user: User) -> str:
@@ -281,7 +347,8 @@ def two_users() -> Iterator[tuple[User, User]]:
 
 _PUT = """
 with opened(sys.argv[2]) as cache:
-    print(json.dumps([cache.backend, cache.put("bucket", "releases", content(os.getuid(), 100_000))]))
+    digest = cache.put("bucket", "releases", content(os.getuid(), 100_000))
+    print(json.dumps([cache.backend, digest]))
 """
 
 # What came of asking one's own daemon for digests, with the digests left out.
@@ -371,15 +438,15 @@ def test_what_one_user_has_cached_is_a_miss_like_any_other_to_the_second(
     two_users: tuple[User, User],
 ) -> None:
     """The same bucket, prefix and digest; the answer is, word for word, that to a made-up one."""
-    for victim, other in (two_users, two_users[::-1]):
-        _, digest = victim.runs(_PUT, victim.daemon.directory)
-        theirs, nobodys, listed = other.runs(_ASK, other.daemon.directory, digest, _NOBODYS)
-        assert theirs == nobodys
-        assert theirs.endswith("unknown")
-        assert listed == [0, False]
-        here, _, listed = victim.runs(_ASK, victim.daemon.directory, digest, _NOBODYS)
-        assert (here, listed) == ("here", [1, True])
-        victim.runs(_FORGET, victim.daemon.directory)
+    victim, other = two_users
+    _, digest = victim.runs(_PUT, victim.daemon.directory)
+    theirs, nobodys, listed = other.runs(_ASK, other.daemon.directory, digest, _NOBODYS)
+    assert theirs == nobodys
+    assert theirs.endswith("unknown")
+    assert listed == [0, False]
+    here, _, listed = victim.runs(_ASK, victim.daemon.directory, digest, _NOBODYS)
+    assert (here, listed) == ("here", [1, True])
+    victim.runs(_FORGET, victim.daemon.directory)
 
 
 # Works on the cache at a place, and tells which backend did it.
@@ -583,8 +650,17 @@ def spliced(victim: Path, other: Path) -> None:
     victim.write_bytes(whole[:4096] + foreign[4096:])
 
 
-@pytest.mark.parametrize("when", ["while it runs", "between two lives"])
-@pytest.mark.parametrize("tamper", [overwritten, renamed_over, exchanged, spliced])
+@pytest.mark.parametrize(
+    ("tamper", "when"),
+    [
+        (overwritten, "while it runs"),
+        (renamed_over, "while it runs"),
+        (exchanged, "while it runs"),
+        (overwritten, "between two lives"),
+        (renamed_over, "between two lives"),
+        (spliced, "between two lives"),
+    ],
+)
 def test_a_disk_tier_file_that_was_changed_is_never_served(
     tmp_path: Path, tamper: Callable[[Path, Path], None], when: str
 ) -> None:

@@ -273,13 +273,12 @@ class ReferenceCache:
                 mirror.write(piece)
                 length += len(piece)
             stored_in = mirror.commit()
-            if stored_in is None:
-                digest = sha256_of_descriptor(memory_file, length)
-                if digest != sha256:
-                    raise InvalidReferenceError(
-                        f"SHA-256 mismatch: {sha256} was asked for, the fetched bytes have {digest}"
-                    )
-            seal(memory_file)
+            seal(memory_file)  # what is hashed is what nobody can change any more
+            digest = sha256_of_descriptor(memory_file, length)
+            if digest != sha256:
+                raise InvalidReferenceError(
+                    f"SHA-256 mismatch: {sha256} was asked for, the fetched bytes have {digest}"
+                )
             reference = Reference(
                 Handout(open_again(memory_file), length, sha256), source="fetched"
             )
