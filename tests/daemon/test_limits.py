@@ -189,9 +189,10 @@ def test_a_store_without_descriptors_loses_nothing(free: int) -> None:
             for _ in range(3):
                 with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
                     client.begin(MIB)
-            assert daemon.descriptors() == 80 - free
+            eventually(lambda: daemon.descriptors() == 80 - free)
         eventually(lambda: client.status().sessions == 1)
-        assert daemon.descriptors() == before
+        # at most as before, when the pipe of the first store may have been on its way out
+        eventually(lambda: daemon.descriptors() <= before)
         assert client.status().store.reserved_bytes == 0
         os.close(client.lookup(digest))
         assert client.store(b"afterwards")
