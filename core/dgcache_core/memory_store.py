@@ -19,11 +19,9 @@ import mmap
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from dgcache_core.aead import (
@@ -32,7 +30,6 @@ from dgcache_core.aead import (
     TAG_BYTES,
     Frame,
 )
-from dgcache_core.bindings import Bindings
 from dgcache_core.clock import Clock, boottime_seconds
 from dgcache_core.disk_records import LoadedBlob, StoredBlob
 from dgcache_core.errors import (
@@ -48,36 +45,17 @@ from dgcache_core.handouts import Handout, Handouts
 from dgcache_core.ingest import Sealing
 from dgcache_core.keyslab import KeySlab, KeySlot
 from dgcache_core.memory import Allocate, anonymous_memory, page_rounded
+from dgcache_core.memory_entries import Entry, EntryTable, release
 from dgcache_core.opening import open_blob
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.scratch import ScratchPool
 from dgcache_core.store import Counters, EntryInfo, Freed, ReadInto, StoreStatus
 
-_REMEMBERED_MISSES = 4096
 _LONGEST_OPENING_SECONDS = 60.0
 _LONGEST_SPILL_SECONDS = 30.0
 
 Spill = Callable[[StoredBlob], None]
 Load = Callable[[Allocate, KeySlab], LoadedBlob | None]
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    frame: Frame
-    sha256: Sha256
-    blob: mmap.mmap
-    key: KeySlot
-    stored_by: str
-    created: float
-    expires: float
-    last_used: float
-    hits: int = 0
-    readers: int = 0
-    dropped: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return page_rounded(self.frame.sealed_bytes)
 
 
 class MemoryStore:
@@ -120,13 +98,9 @@ class MemoryStore:
         self._scratch = ScratchPool(CHUNK_BYTES, keep=8)
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)
-        self._entries: OrderedDict[Sha256, _Entry] = OrderedDict()  # least recently used first
-        self._by_age: dict[Sha256, None] = {}  # oldest first, so: next to expire first
-        self._bindings = Bindings()
+        self._entries = EntryTable()
         self._handouts = Handouts()
         self._opening: set[Sha256] = set()
-        self._past: OrderedDict[Sha256, MissReason] = OrderedDict()
-        self._blob_bytes = 0
         self._reserved_bytes = 0
         self._counters = Counters()
         self._leaving_bytes = 0  # of entries that are being spilled
@@ -188,7 +162,7 @@ class MemoryStore:
         """See `Store.miss_reason`."""
         with self._lock:
             self._expire()
-            return None if sha256 in self._entries else self._why_absent(deltaspace, sha256)
+            return None if sha256 in self._entries else self._entries.why_absent(deltaspace, sha256)
 
     # -- storing -------------------------------------------------------------------------------
 
@@ -220,9 +194,9 @@ class MemoryStore:
             except CacheError:
                 self._counters.refused_stores += 1
                 if expected is not None and size > self.max_entry_bytes:
-                    self._remember(expected, MissReason.TOO_LARGE)
+                    self._entries.remember(expected, MissReason.TOO_LARGE)
                 elif expected is not None and size > _largest_entry(self._limit_bytes):
-                    self._remember(expected, MissReason.PRESSURE)
+                    self._entries.remember(expected, MissReason.PRESSURE)
                 self._end_progress()
                 raise
         try:
@@ -240,7 +214,7 @@ class MemoryStore:
     def _adopt(self, ingest: "MemoryIngest", sha256: Sha256) -> None:
         """Take over a complete blob; it replaces an older one of the same digest."""
         now = self._clock()
-        entry = _Entry(
+        entry = Entry(
             frame=ingest.frame,
             sha256=sha256,
             blob=ingest.blob,
@@ -257,10 +231,10 @@ class MemoryStore:
                 raise CacheFullError("the keys were rotated during this store; store it again")
             self._reserved_bytes -= entry.bytes
             self._end_progress()
-            deltaspaces = self._bindings.deltaspaces(sha256)
+            deltaspaces = self._entries.bindings.deltaspaces(sha256)
             if sha256 in self._entries:
-                self._drop(self._entries[sha256], None)
-            self._enter(entry, (*deltaspaces, ingest.deltaspace))
+                self._entries.drop(self._entries[sha256], None)
+            self._entries.enter(entry, (*deltaspaces, ingest.deltaspace))
             self._counters.stores += 1
             self._counters.stored_bytes += entry.frame.size
 
@@ -269,9 +243,7 @@ class MemoryStore:
             self._counters.refused_stores += 1
 
     def _abandon(self, ingest: "MemoryIngest") -> None:
-        ingest.key.erase()
-        with suppress(BufferError):  # as in _free
-            ingest.blob.close()
+        release(ingest.key, ingest.blob)
         with self._lock:
             self._reserved_bytes -= page_rounded(ingest.frame.sealed_bytes)
             self._end_progress()
@@ -318,7 +290,7 @@ class MemoryStore:
 
     def _take_back(self, loaded: LoadedBlob) -> None:
         now = self._clock()
-        entry = _Entry(
+        entry = Entry(
             frame=loaded.frame,
             sha256=loaded.sha256,
             blob=loaded.blob,
@@ -330,12 +302,9 @@ class MemoryStore:
         )
         unwanted = self._closed or not self._keys.owns(loaded.key)
         if unwanted or entry.sha256 in self._entries:
-            entry.dropped = True
-            self._blob_bytes += entry.bytes
-            self._free(entry)
-            return
-        self._enter(entry, loaded.deltaspaces)
-        self._by_age = {e.sha256: None for e in sorted(self._all(), key=lambda e: e.expires)}
+            release(loaded.key, loaded.blob)
+        else:
+            self._entries.enter(entry, loaded.deltaspaces)
 
     def flush(self, seconds: float, max_bytes: int) -> None:
         """Write entries to the tier below, the most recently used first.
@@ -347,7 +316,7 @@ class MemoryStore:
         """
         deadline = time.monotonic() + seconds
         with self._lock:
-            for entry in reversed(self._all()):
+            for entry in reversed(self._entries.all()):
                 max_bytes -= entry.bytes + mmap.PAGESIZE  # the tier's own header
                 if self._spill is None or max_bytes < 0 or time.monotonic() >= deadline:
                     return
@@ -364,18 +333,7 @@ class MemoryStore:
         """Remember why the tier below does not have it any more, unless it is here."""
         with self._lock:
             if sha256 not in self._entries:
-                self._remember(sha256, reason)
-
-    def _all(self) -> list[_Entry]:
-        return list(self._entries.values())
-
-    def _enter(self, entry: _Entry, deltaspaces: Iterable[Deltaspace]) -> None:
-        self._entries[entry.sha256] = entry
-        self._by_age[entry.sha256] = None
-        self._blob_bytes += entry.bytes
-        self._past.pop(entry.sha256, None)
-        for deltaspace in deltaspaces:
-            self._bindings.bind(deltaspace, entry.sha256)
+                self._entries.remember(sha256, reason)
 
     # -- removing ------------------------------------------------------------------------------
 
@@ -383,7 +341,11 @@ class MemoryStore:
         """See `Store.evict`."""
         with self._lock:
             return self._drop_all(
-                [self._entries[s] for s in self._bindings.unbind(deltaspace) if s in self._entries]
+                [
+                    self._entries[sha256]
+                    for sha256 in self._entries.bindings.unbind(deltaspace)
+                    if sha256 in self._entries
+                ]
             )
 
     def clear(self, *, rekey: bool = False) -> Freed:
@@ -391,7 +353,7 @@ class MemoryStore:
         with self._lock:
             if rekey:
                 self._require_open()
-            freed = self._drop_all(list(self._entries.values()))
+            freed = self._drop_all(self._entries.all())
             if rekey:
                 self._rotate_keys()
         self._scratch.close()
@@ -413,8 +375,8 @@ class MemoryStore:
             self._limit_bytes = max(0, min(max_bytes, self._max_bytes))
             self._expire()
             self._handouts.sweep()
-            freed: list[_Entry] = []
-            for entry in [entry for entry in self._entries.values() if not entry.readers]:
+            freed: list[Entry] = []
+            for entry in self._entries.idle():
                 if self._used_bytes <= self._limit_bytes:
                     break
                 if entry.dropped or entry.readers:
@@ -435,7 +397,7 @@ class MemoryStore:
             if self._closed:
                 return
             self._closed = True
-            self._drop_all(list(self._entries.values()))
+            self._drop_all(self._entries.all())
             self._handouts.close()
             self._in_progress += 1
             self._end_progress()
@@ -447,21 +409,7 @@ class MemoryStore:
         with self._lock:
             self._expire()
             self._handouts.sweep()
-            now = self._clock()
-            return [
-                EntryInfo(
-                    sha256=entry.sha256,
-                    size=entry.frame.size,
-                    deltaspaces=self._bindings.deltaspaces(entry.sha256),
-                    age_seconds=now - entry.created,
-                    expires_in_seconds=entry.expires - now,
-                    idle_seconds=now - entry.last_used,
-                    hits=entry.hits,
-                    stored_by=entry.stored_by,
-                    held=self._handouts.is_held(entry.sha256),
-                )
-                for entry in reversed(self._entries.values())
-            ]
+            return self._entries.described(self._clock(), self._handouts.is_held)
 
     def status(self) -> StoreStatus:
         """See `Store.status`."""
@@ -470,10 +418,10 @@ class MemoryStore:
             self._handouts.sweep()
             return StoreStatus(
                 entries=len(self._entries),
-                bindings=len(self._bindings),
+                bindings=len(self._entries.bindings),
                 max_bytes=self._max_bytes,
                 max_entry_bytes=self.max_entry_bytes,
-                blob_bytes=self._blob_bytes,
+                blob_bytes=self._entries.blob_bytes,
                 handout_bytes=self._handouts.held_bytes,
                 reserved_bytes=self._reserved_bytes,
                 handouts=len(self._handouts),
@@ -494,8 +442,8 @@ class MemoryStore:
     def seconds_to_next_expiry(self) -> float | None:
         """Return how long until the oldest entry expires, or None where there is none."""
         with self._lock:
-            oldest = next(iter(self._by_age), None)
-            return None if oldest is None else self._entries[oldest].expires - self._clock()
+            first = self._entries.next_to_expire()
+            return None if first is None else first.expires - self._clock()
 
     @property
     def handouts_outstanding(self) -> int:
@@ -504,29 +452,22 @@ class MemoryStore:
 
     # -- without the lock ------------------------------------------------------------------------
 
-    def _decrypt(self, entry: _Entry) -> int:
+    def _decrypt(self, entry: Entry) -> int:
         return open_blob(
             entry.frame, entry.sha256, entry.blob, entry.key.view, self._helpers, self._scratch
         )
 
     # -- the lock is held in everything below ----------------------------------------------------
 
-    def _require(self, deltaspace: Deltaspace, sha256: Sha256) -> _Entry:
+    def _require(self, deltaspace: Deltaspace, sha256: Sha256) -> Entry:
         self._require_open()
         self._expire()
         entry = self._entries.get(sha256)
         if entry is None:
-            reason = self._why_absent(deltaspace, sha256)
+            reason = self._entries.why_absent(deltaspace, sha256)
             self._counters.misses[reason] += 1
             raise CacheMissError(f"no reference {sha256} for {deltaspace}: {reason}", reason)
         return entry
-
-    def _why_absent(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason:
-        if sha256 in self._past:
-            return self._past[sha256]
-        if self._bindings.current(deltaspace) is not None:
-            return MissReason.DIGEST_CHANGED
-        return MissReason.UNKNOWN
 
     def _shared_handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
         """Wait while somebody else decrypts this blob, then share what came of it."""
@@ -543,14 +484,10 @@ class MemoryStore:
             if not self._opened.wait(deadline - time.monotonic()):
                 raise CacheFullError(f"decrypting {sha256} takes too long")
 
-    def _count_hit(self, entry: _Entry, deltaspace: Deltaspace) -> None:
-        entry.last_used = self._clock()
-        entry.hits += 1
+    def _count_hit(self, entry: Entry, deltaspace: Deltaspace) -> None:
+        self._entries.use(entry, deltaspace, self._clock())
         self._counters.hits += 1
         self._counters.hit_bytes += entry.frame.size
-        if not entry.dropped:
-            self._entries.move_to_end(entry.sha256)
-            self._bindings.bind(deltaspace, entry.sha256)
 
     def _require_admissible(self, size: int) -> None:
         if size > self.max_entry_bytes:
@@ -580,7 +517,7 @@ class MemoryStore:
     def _shed(self, room: int) -> None:
         deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
         while (missing := self._used_bytes + room - self._limit_bytes) > 0:
-            idle = [entry for entry in self._entries.values() if not entry.readers]
+            idle = self._entries.idle()
             if sum(entry.bytes for entry in idle) + self._leaving_bytes < missing:
                 raise CacheFullError(f"no room for {room} bytes: the rest of the cache is in use")
             if not idle:  # what is missing is being spilled by somebody else
@@ -608,13 +545,13 @@ class MemoryStore:
     def _free_a_slot(self) -> None:
         deadline = time.monotonic() + _LONGEST_SPILL_SECONDS
         while self._keys.free_slots <= self._promised_keys:
-            oldest = next((e for e in self._entries.values() if not e.readers), None)
+            oldest = next(iter(self._entries.idle()), None)
             if oldest is not None:
                 self._evict_one(oldest)
             elif not self._spills or not self._opened.wait(deadline - time.monotonic()):
                 return
 
-    def _evict_one(self, entry: _Entry, reason: MissReason = MissReason.EVICTED) -> bool:
+    def _evict_one(self, entry: Entry, reason: MissReason = MissReason.EVICTED) -> bool:
         """Let an idle entry leave for the tier below; False where it does not leave after all."""
         if self._spill is not None:
             self._spill_unlocked(entry, self._spill)
@@ -627,13 +564,13 @@ class MemoryStore:
             self._counters.evictions += 1
         return True
 
-    def _spill_unlocked(self, entry: _Entry, spill: Spill) -> None:
+    def _spill_unlocked(self, entry: Entry, spill: Spill) -> None:
         """Give the lock away while the entry, pinned, is written to the tier below."""
         entry.readers += 1
         self._leaving_bytes += entry.bytes
         this = object()
         self._spills.add(this)
-        deltaspaces = self._bindings.deltaspaces(entry.sha256)
+        deltaspaces = self._entries.bindings.deltaspaces(entry.sha256)
         self._lock.release()
         try:
             with memoryview(entry.blob) as blob:
@@ -651,41 +588,27 @@ class MemoryStore:
             self._lock.acquire()
             self._leaving_bytes -= entry.bytes
             self._spills.discard(this)
-            self._unpin(entry)
+            self._entries.unpin(entry)
             self._opened.notify_all()
 
     @property
     def _used_bytes(self) -> int:
-        return self._blob_bytes + self._handouts.held_bytes + self._reserved_bytes
+        return self._entries.blob_bytes + self._handouts.held_bytes + self._reserved_bytes
 
     def _expire(self) -> None:
         now = self._clock()
-        while self._by_age:
-            entry = self._entries[next(iter(self._by_age))]
-            if entry.expires > now:
-                return
+        while (entry := self._entries.next_to_expire()) is not None and entry.expires <= now:
             self._drop(entry, MissReason.EXPIRED)
             self._counters.expirations += 1
 
-    def _drop_all(self, entries: list[_Entry]) -> Freed:
+    def _drop_all(self, entries: list[Entry]) -> Freed:
         for entry in entries:
             self._drop(entry, MissReason.EVICTED)
         return Freed(len(entries), sum(entry.frame.size for entry in entries))
 
-    def _drop(self, entry: _Entry, reason: MissReason | None) -> None:
-        """Take an entry out of every table; its memory goes when nobody reads it any more."""
-        if entry.dropped:
-            return
-        entry.dropped = True
-        del self._entries[entry.sha256]
-        del self._by_age[entry.sha256]
-        self._bindings.forget(entry.sha256)
-        if reason is not None:
-            self._remember(entry.sha256, reason)
-        if reason is MissReason.DROPPED_CORRUPT:
+    def _drop(self, entry: Entry, reason: MissReason) -> None:
+        if self._entries.drop(entry, reason) and reason is MissReason.DROPPED_CORRUPT:
             self._counters.corruptions += 1
-        if not entry.readers:
-            self._free(entry)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -699,29 +622,12 @@ class MemoryStore:
             self._scratch.close()
             self._keys.close()
 
-    def _end_opening(self, entry: _Entry, room: int) -> None:
+    def _end_opening(self, entry: Entry, room: int) -> None:
         self._reserved_bytes -= room
         self._opening.discard(entry.sha256)
         self._opened.notify_all()
-        self._unpin(entry)
+        self._entries.unpin(entry)
         self._end_progress()
-
-    def _unpin(self, entry: _Entry) -> None:
-        entry.readers -= 1
-        if entry.dropped and not entry.readers:
-            self._free(entry)
-
-    def _free(self, entry: _Entry) -> None:
-        entry.key.erase()
-        with suppress(BufferError):  # a traceback holds a view: the mapping goes with that one
-            entry.blob.close()
-        self._blob_bytes -= entry.bytes
-
-    def _remember(self, sha256: Sha256, reason: MissReason) -> None:
-        self._past[sha256] = reason
-        self._past.move_to_end(sha256)
-        if len(self._past) > _REMEMBERED_MISSES:
-            self._past.popitem(last=False)
 
 
 def _largest_entry(max_bytes: int) -> int:

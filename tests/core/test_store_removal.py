@@ -195,7 +195,7 @@ def test_whoever_looks_finds_no_expired_entry(
     else:
         getattr(store, look)()
     assert not store._entries
-    assert store._blob_bytes == 0
+    assert store._entries.blob_bytes == 0
 
 
 def test_an_expired_entry_leaves_before_a_living_one(
