@@ -702,7 +702,8 @@ def _entries(base: Path) -> list[Path]:
 
 def _change(base: Path, tamper: Callable[[Path, Path], None]) -> None:
     victim, other, *_ = _entries(base)
-    tamper(victim, other)
+    with suppress(FileNotFoundError):  # the monitor was faster: it is gone in mid-change
+        tamper(victim, other)
 
 
 def _ask(daemon: Daemon, client: Client, references: list[bytes]) -> None:
