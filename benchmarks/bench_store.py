@@ -10,13 +10,18 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.bench_figures import MEGABYTE, Figure, Group, milliseconds, of, ratios, save
+from dgcache_core.disk_names import tier_directory
+from dgcache_core.disk_store import DiskStore
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.sealed_files import create_memory_file, write_at
+from dgcache_core.store import ResidentStore
+from dgcache_core.tiered_store import TieredStore, spill_to
 
 SIZES_MB = (1, 10, 100, 500)
 SAMPLES_A_ROUND = {1: 20, 10: 8, 100: 3, 500: 1}
@@ -30,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the figures."""
     arguments = parse(argv, "Measure the store in this process.")
     data = memoryview(os.urandom(max(SIZES_MB) * MEGABYTE))
-    save(arguments.out, [lookups(data, arguments.rounds), stores(data, arguments.rounds)])
+    groups = [lookups(data, arguments.rounds), stores(data, arguments.rounds)]
+    save(arguments.out, [*groups, disk_hits(data, arguments.rounds)])
     return 0
 
 
@@ -71,6 +77,35 @@ def stores(data: memoryview, rounds: int) -> Group:
             of("100 MB hashed, encrypted and kept", stored, "ms"),
             of("against SHA-256 alone", ratios(stored, hashed), "x"),
         ],
+    )
+
+
+def disk_hits(data: memoryview, rounds: int) -> Group:
+    """Measure lookups that memory answers, and lookups that bring the reference back from disk."""
+    figures = []
+    for size in SIZES_MB[:-1]:
+        with _tiers() as store:
+            sha256 = _put(store, data[: size * MEGABYTE])
+            from_memory, from_disk = [], []
+            for _ in range(rounds * SAMPLES_A_ROUND[size]):
+                from_memory.append(_lookup(store, sha256))
+                _empty_memory(store)
+                from_disk.append(_lookup(store, sha256))
+            figures += [
+                of(f"{size} MB, memory hit", from_memory, "ms"),
+                of(f"{size} MB, disk hit", from_disk, "ms"),
+                of(
+                    f"{size} MB, against the memory hit",
+                    ratios(from_disk, from_memory),
+                    "x",
+                    at_most=2,
+                ),
+            ]
+    return Group(
+        "disk hit from the page cache, in the store",
+        "`TieredStore.lookup` of what memory has and nobody holds, then of the same when memory "
+        "was emptied: its file is read and checked, and the blob decrypted; ephemeral key",
+        figures,
     )
 
 
@@ -125,7 +160,25 @@ def _store() -> Iterator[MemoryStore]:
         store.close()
 
 
-def _put(store: MemoryStore, data: memoryview) -> Sha256:
+@contextmanager
+def _tiers() -> Iterator[TieredStore]:
+    with TemporaryDirectory(prefix="dg-cached-bench-") as place:
+        disk = DiskStore(tier_directory(Path(place).resolve()), _BUDGET_BYTES, key=None)
+        memory = MemoryStore(
+            _BUDGET_BYTES, 3600, may_fork=False, max_entries=16, spill=spill_to(disk)
+        )
+        with closing(TieredStore(memory, disk, flush_seconds=0)) as store:
+            yield store
+
+
+def _empty_memory(store: TieredStore) -> None:
+    store.set_limit(0)
+    store.set_limit(_BUDGET_BYTES)
+    if store.entries()[0].tier != "disk":
+        raise RuntimeError("the reference is still in memory: this lookup would not ask the disk")
+
+
+def _put(store: ResidentStore, data: memoryview) -> Sha256:
     at = 0
 
     def read(into: memoryview) -> int:
@@ -140,7 +193,7 @@ def _put(store: MemoryStore, data: memoryview) -> Sha256:
         return ingest.commit()
 
 
-def _lookup(store: MemoryStore, sha256: Sha256) -> float:
+def _lookup(store: ResidentStore, sha256: Sha256) -> float:
     """Return the milliseconds of one lookup that decrypts."""
     held: list[int] = []
     before = store.status().counters
