@@ -242,17 +242,27 @@ def get_shared_or_none(tiers: Tiers, data: bytes) -> object:
         return None
 
 
-def test_stores_that_need_a_key_wait_for_a_spill(tiers: Tiers) -> None:
-    """Small references may run out of keys before they run out of bytes."""
+@pytest.mark.parametrize(
+    ("memory_bytes", "max_entries"), [(2 * SEALED, 64), (64 * SEALED, 2)], ids=["bytes", "keys"]
+)
+def test_a_store_waits_for_what_leaves_anyway(
+    tiers: Tiers, memory_bytes: int, max_entries: int
+) -> None:
+    """Everything is being written, one of it for nobody: its room, or its key, is waited for."""
     gate = Gate()
-    store = tiers.open(64 * SEALED, max_entries=2, around=gate)
+    store = tiers.open(memory_bytes, max_entries=max_entries, around=gate)
     fill(tiers, 2)
-    with ThreadPoolExecutor(2) as pool:
-        stores = [pool.submit(put, store, small(seed)) for seed in (10, 11)]
+    with ThreadPoolExecutor(3) as pool:
+        limiting = pool.submit(store.set_limit, SEALED)
         gate.await_one()
+        store.set_limit(memory_bytes)
+        first = pool.submit(put, store, small(10))
         gate.await_one()
+        second = pool.submit(put, store, small(11))
+        eventually(lambda: tiers.memory._opened._waiters)  # type: ignore[attr-defined]
         gate.open.set()
-        assert {one.result(20) for one in stores} == set(tiers.in_memory())
+        assert limiting.result(20) == Freed(1, SEALED)
+        assert {first.result(20), second.result(20)} == set(tiers.in_memory())
     assert len(tiers.on_disk()) == 2
 
 
