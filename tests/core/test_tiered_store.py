@@ -243,7 +243,7 @@ def get_shared_or_none(tiers: Tiers, data: bytes) -> object:
 
 
 @pytest.mark.parametrize(
-    ("memory_bytes", "max_entries"), [(2 * SEALED, 64), (64 * SEALED, 2)], ids=["bytes", "keys"]
+    ("memory_bytes", "max_entries"), [(3 * SEALED, 64), (64 * SEALED, 3)], ids=["bytes", "keys"]
 )
 def test_a_store_waits_for_what_leaves_anyway(
     tiers: Tiers, memory_bytes: int, max_entries: int
@@ -251,19 +251,20 @@ def test_a_store_waits_for_what_leaves_anyway(
     """Everything is being written, one of it for nobody: its room, or its key, is waited for."""
     gate = Gate()
     store = tiers.open(memory_bytes, max_entries=max_entries, around=gate)
-    fill(tiers, 2)
-    with ThreadPoolExecutor(3) as pool:
-        limiting = pool.submit(store.set_limit, SEALED)
+    fill(tiers, 3)
+    with ThreadPoolExecutor(4) as pool:
+        limiting = pool.submit(store.set_limit, 2 * SEALED)
         gate.await_one()
         store.set_limit(memory_bytes)
-        first = pool.submit(put, store, small(10))
+        stores = [pool.submit(put, store, small(seed)) for seed in (10, 11)]
         gate.await_one()
-        second = pool.submit(put, store, small(11))
+        gate.await_one()
+        stores.append(pool.submit(put, store, small(12)))
         eventually(lambda: tiers.memory._opened._waiters)  # type: ignore[attr-defined]
         gate.open.set()
         assert limiting.result(20) == Freed(1, SEALED)
-        assert {first.result(20), second.result(20)} == set(tiers.in_memory())
-    assert len(tiers.on_disk()) == 2
+        assert {one.result(20) for one in stores} == set(tiers.in_memory())
+    assert len(tiers.on_disk()) == 3
 
 
 def test_a_lookup_of_what_is_being_written_is_a_hit(tiers: Tiers) -> None:
