@@ -137,15 +137,20 @@ class DiskTable:
             admission: the room that was made for it; None for a file of a former life.
         """
         with self.lock:
+            other = self.index.get(entry.sha256)
             if admission is None:
-                if entry.name in self._busy or self.index.get(entry.sha256) is not None:
+                if entry.name in self._busy or other is not None:
                     return False
             else:
                 self.index.reserved_bytes -= admission.room
                 admission.room = 0
                 self._past.pop(entry.sha256, None)
+                if other is not None:  # of another generation, under another name
+                    self._take_out(other, None)
             self.index.add(entry, deltaspaces, former_life=admission is None)
-            return True
+        if other is not None:
+            self._unlink(other.name)
+        return True
 
     # -- removing --------------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ from hypothesis.stateful import (
 
 from dgcache_core.aead import Frame
 from dgcache_core.disk_format import MIN_HEADER_BYTES, body_bytes
-from dgcache_core.disk_records import DiskEventKind, Ledger
+from dgcache_core.disk_records import DiskEventKind
 from dgcache_core.errors import CacheCorruptionError, CacheFullError, CacheMissError
 from dgcache_core.handouts import Handout
+from dgcache_core.ledger import FileState
 from dgcache_core.memory import page_rounded
 from dgcache_core.memory_store import _largest_entry
 from dgcache_core.references import Deltaspace, Sha256
@@ -353,7 +354,7 @@ class TiersAgainstAModel(RuleBasedStateMachine):
             before = file.read(1)
             file.seek(position)
             file.write(bytes([before[0] ^ 0x40]))
-        while Ledger.of(path.stat()) == entry.ledger:  # within one tick of the kernel's clock
+        while FileState.of(path.stat()) == entry.ledger:  # within one tick of the kernel's clock
             os.utime(path)
         if by_audit or digest in model.memory:
             self.tiers.disk.audit_all()
@@ -381,6 +382,7 @@ class TiersAgainstAModel(RuleBasedStateMachine):
     def tells_the_same(self) -> None:
         store, model, disk = self.store, self.model, self.tiers.disk
         memory = self.tiers.memory
+        memory.sweep()  # what was let go counts until somebody looks
         held = sum(plain_bytes(d) for d, count in model.holders.items() if count)
         assert memory._used_bytes <= max(model.limit, held)
         assert store.status().reserved_bytes == 0

@@ -106,7 +106,7 @@ def test_writes_that_are_cancelled_leave_nothing(client: Client, daemon: Daemon)
     descriptors, _ = settled(client, daemon)
     for number in range(300):
         round_of(number)
-    eventually(lambda: settled(client, daemon)[0] == descriptors)
+    eventually(lambda: settled(client, daemon)[0] <= descriptors)
 
 
 def settled(client: Client, daemon: Daemon) -> tuple[int, int]:
@@ -142,4 +142,4 @@ sys.stdin.read()
                 killed.send_signal(signal.SIGKILL)
                 killed.wait(20)
             eventually(lambda: client.status().store.reserved_bytes == 0)
-        eventually(lambda: settled(client, daemon)[0] == before)
+        eventually(lambda: settled(client, daemon)[0] <= before)
