@@ -15,6 +15,7 @@ class Flights:
         """Make an empty table whose leases last `lease_seconds`."""
         self._leases = Leases(lease_seconds)
         self._timer: asyncio.TimerHandle | None = None
+        self._asking: dict[Session, set[asyncio.Future[Answer]]] = {}
         self._closed = False
         self.lease_seconds = lease_seconds
 
@@ -24,7 +25,7 @@ class Flights:
         While it waits, the call counts as none of its session's: the store that ends the wait may
         be the same session's.
         """
-        if self._closed:
+        if self._closed or session.is_over:  # nobody would give its lease back
             return GoAlone()
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
@@ -38,11 +39,16 @@ class Flights:
         self._set_timer()
         if waiting is None:
             return answer.result()
+        asking = self._asking.setdefault(session, set())
+        asking.add(answer)
         session.calls.release()
         try:
             try:
                 await answer
             finally:
+                asking.discard(answer)
+                if not asking:
+                    self._asking.pop(session, None)
                 await _take_again(session.calls)
         except asyncio.CancelledError:
             self._leases.leave(waiting)
@@ -68,8 +74,11 @@ class Flights:
         self._set_timer()
 
     def end_session(self, session: Session) -> None:
-        """The session is over: what it had goes to the next."""
+        """The session is over: what it had goes to the next, and its own calls wait no more."""
         self._leases.end_owner(session)
+        for answer in self._asking.pop(session, ()):
+            if not answer.done():
+                answer.set_result(GoAlone())
         self._set_timer()
 
     def close(self) -> None:

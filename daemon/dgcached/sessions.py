@@ -33,6 +33,7 @@ class Session:
         self.calls = asyncio.Semaphore(limits.calls_per_session)
         self.deposits: dict[int, Deposit] = {}
         self.connection = connection
+        self.is_over = False
 
     def send(self, message: dgcache_pb2.SessionMessage, descriptor: int | None = None) -> None:
         """Send one packet, with a descriptor that stays the caller's to close.
@@ -164,6 +165,7 @@ class SessionListener:
         self._end(session)
 
     def _end(self, session: Session) -> None:
+        session.is_over = True
         self._registry.remove_session(session)
         self._loop.remove_reader(session.connection)
         for deposit in session.deposits.values():

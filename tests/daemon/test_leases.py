@@ -87,6 +87,20 @@ def test_the_end_of_a_session_passes_the_lease_on(daemon: Daemon, client: Client
     assert client.status().leases.passed_on >= 1
 
 
+def test_a_wait_ends_with_its_session(daemon: Daemon, client: Client) -> None:
+    """Also where the connection that carries the call stays open."""
+    with Client(daemon.directory) as holder, Client(daemon.directory) as leaving:
+        leased(holder)
+        future = waiting(leaving)
+        eventually(lambda: client.status().leases.waiting == 1)
+        assert leaving.session is not None
+        leaving.session.close()
+        error = future.exception(SECONDS / 2)
+        assert isinstance(error, grpc.RpcError)
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert client.status().leases.waiting == 0
+
+
 def test_a_store_answers_those_who_wait_with_the_handout(daemon: Daemon, client: Client) -> None:
     """Whoever stores it."""
     with Client(daemon.directory) as holder, Client(daemon.directory) as third:
