@@ -181,6 +181,9 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         deposit = await self._open_deposit(
             _deltaspace(request.deltaspace), request.size, request.expected_sha256
         )
+        if request.request_id in session.deposits:  # begun while this one waited for room
+            await deposit.end()
+            raise InvalidReferenceError("this request id is of a store in progress")
         session.deposits[request.request_id] = deposit
         deposit.when_over(lambda: session.deposits.pop(request.request_id, None))
         write_end = deposit.lend()

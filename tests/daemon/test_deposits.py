@@ -118,6 +118,25 @@ def test_a_store_is_committed_once(client: Client) -> None:
     os.close(client.lookup(digest))
 
 
+def test_stores_that_begin_together_under_one_request_id_are_one(client: Client) -> None:
+    """The first is kept as it is; every other is refused, and its room is free again."""
+    request = pb.BeginStoreRequest(request_id=77, deltaspace=SPACE, size=len(DATA))
+    futures = [
+        client.stub.BeginStore.future(request, timeout=SECONDS, metadata=client.metadata)
+        for _ in range(8)
+    ]
+    errors = [future.exception(SECONDS) for future in futures]
+    assert errors.count(None) == 1
+    assert {error.code() for error in errors if error is not None} == {
+        grpc.StatusCode.INVALID_ARGUMENT
+    }
+    _, write_end = client.receive()
+    eventually(lambda: client.status().stores_in_progress == 1)
+    pour(write_end, DATA)
+    assert client.commit(77) == sha256(DATA)
+    assert client.status().store.reserved_bytes == 0
+
+
 def test_a_store_of_another_session_cannot_be_ended(client: Client, daemon: Daemon) -> None:
     """Neither committed nor aborted: request ids are the session's own."""
     request_id, write_end = client.begin(len(DATA))
