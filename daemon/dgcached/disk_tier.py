@@ -19,7 +19,7 @@ from dgcache_core.disk_store import DiskStore
 from dgcache_core.errors import CacheError
 from dgcache_core.settings import MEBIBYTE, DaemonSettings, base_directory
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from dgcached.logs import event
+from dgcached.logs import as_unicode, event
 from dgcached.monitor import Finding
 from dgcached.security_events import SecurityEvents
 from dgcached.watchers import ITSELF, Directory
@@ -106,7 +106,7 @@ def open_disk_tier(
             raise
     except (CacheError, OSError) as error:
         event(logging.ERROR, "disk-disabled", reason=error)
-        return None, pb.DiskStatus(disabled_reason=_as_text(error))
+        return None, pb.DiskStatus(disabled_reason=as_unicode(error))
     finally:
         if key is not None:
             key.wipe()
@@ -144,7 +144,7 @@ def disk_status_message(status: DiskStatus) -> pb.DiskStatus:
     """Return how full the tier is as a message."""
     counters = status.counters
     return pb.DiskStatus(
-        directory=_as_text(status.directory),
+        directory=as_unicode(status.directory),
         enabled=status.enabled,
         disabled_reason=status.disabled_reason,
         persistent=status.persistent,
@@ -162,8 +162,3 @@ def disk_status_message(status: DiskStatus) -> pb.DiskStatus:
         foreign_files=counters.foreign_files,
         other_key_files=counters.other_key_files,
     )
-
-
-def _as_text(value: object) -> str:
-    """A path may hold any bytes; a string of protobuf must be Unicode."""
-    return str(value).encode(errors="replace").decode()

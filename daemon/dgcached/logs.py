@@ -34,6 +34,11 @@ def event(level: int, name: str, /, **fields: Any) -> None:
         logger.log(level, " ".join([name, *(f"{k}={_quoted(v)}" for k, v in fields.items())]))
 
 
+def as_unicode(value: object) -> str:
+    """Return a text that can be printed and sent: a path may hold bytes that are no character."""
+    return str(value).encode(errors="replace").decode()
+
+
 def set_up(log_file: Path | None, *, verbose: bool) -> str:
     """Choose where events go and return its name: a path, "journal", or "stderr"."""
     handler: logging.Handler

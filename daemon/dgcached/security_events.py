@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgcache_core.errors import CacheFullError
-from dgcached.logs import event
+from dgcached.logs import as_unicode, event
 
 SEVERITY = "critical"
 _LONGEST_FIELD = 200
@@ -64,7 +64,7 @@ class SecurityEvents:
 
     def report(self, kind: str, /, **fields: Any) -> None:
         """Log, count, keep and stream one event."""
-        texts = {name: _as_text(value) for name, value in fields.items()}
+        texts = {name: as_unicode(value)[:_LONGEST_FIELD] for name, value in fields.items()}
         self.counts[kind] += 1
         self._ring.append(SecurityEvent(self.counts.total(), time.time(), kind, SEVERITY, texts))
         self._log.write(kind, texts)
@@ -137,8 +137,3 @@ class _BoundedLog:
         self._lines += 1
         if self._lines <= _LINES_A_MINUTE:
             event(logging.CRITICAL, "security", kind=kind, **fields)
-
-
-def _as_text(value: object) -> str:
-    """A file's name may hold any bytes; a string of protobuf must be Unicode."""
-    return str(value).encode(errors="replace").decode()[:_LONGEST_FIELD]

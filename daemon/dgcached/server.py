@@ -34,7 +34,7 @@ from dgcached.hardening import effective
 from dgcached.host_memory import Budget
 from dgcached.limits import Limits
 from dgcached.listener import Listener
-from dgcached.logs import event
+from dgcached.logs import as_unicode, event
 from dgcached.monitor import Audited, Monitor
 from dgcached.pages import store_status_message
 from dgcached.pressure_watcher import PressureWatcher
@@ -287,7 +287,7 @@ class Daemon:
                 shares_handouts=status.shares_handouts,
             ),
             settings=self._effective_settings(),
-            log=_as_text(self._log),
+            log=as_unicode(self._log),
             leases=self._flights.describe(),
             security_events=self._security.counts,
             monitor=pb.Monitor(**asdict(self._monitor.status)),
@@ -306,13 +306,8 @@ class Daemon:
         return [
             pb.EffectiveSetting(
                 name=one.variable,
-                value=_as_text(as_text(field, values[field])),
-                origin=_as_text(self._resolved.origins[field]),
+                value=as_unicode(as_text(field, values[field])),
+                origin=as_unicode(self._resolved.origins[field]),
             )
             for field, one in declared(DaemonSettings).items()
         ]
-
-
-def _as_text(value: object) -> str:
-    """A path may hold any bytes; a string of protobuf must be Unicode."""
-    return str(value).encode(errors="replace").decode()

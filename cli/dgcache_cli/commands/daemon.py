@@ -161,7 +161,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
-    store, hardening, leases = status["store"], status["hardening"], status["leases"]
+    store, hardening = status["store"], status["hardening"]
     used = store["blob_bytes"] + store["handout_bytes"] + store["reserved_bytes"]
     supervised = "under systemd" if status["supervisor"] == "systemd" else "on its own"
     asked = store["hits"] + sum(store["misses"].values())
@@ -202,11 +202,7 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{status['sessions']} sessions, {status['connections']} connections, "
             f"{status['stores_in_progress']} stores in progress",
         ),
-        (
-            "fetches",
-            f"{leases['held']} in progress, {leases['waiting']} waiting for them; "
-            f"{leases['saved']} GETs saved by waiting",
-        ),
+        ("fetches", _fetches(status["leases"])),
         (
             "protection",
             f"keys in {hardening['keys']}, "
@@ -216,6 +212,15 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("watched by", _monitor(status["monitor"])),
         ("security", _security(status["security_events"])),
     ]
+
+
+def _fetches(leases: dict[str, Any]) -> str:
+    if not leases:
+        return "unknown: an older dg-cached runs, see dg-cache restart"
+    return (
+        f"{leases['held']} in progress, {leases['waiting']} waiting for them; "
+        f"{leases['saved']} GETs saved by waiting"
+    )
 
 
 def _monitor(monitor: dict[str, Any]) -> str:
