@@ -1,0 +1,1 @@
+"""The attacks of docs/attacks.md, each under its number, done for real."""
