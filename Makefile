@@ -6,12 +6,10 @@
 PYTHON ?= python3
 SIZE   ?= 100
 
-# what builds the editable install; in the environment itself, so that nothing else is fetched for it
-BUILD := pip hatchling editables
-PIP   := -m pip --disable-pip-version-check
+PIP := -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint proto environments constraints python xdelta3 clean
+.PHONY: help demo bench test lint proto environments constraints audit python xdelta3 clean
 
 # Another Python, or a clone that was moved, makes the environments anew.
 IDENTITY := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (sys.version_info[0], sys.version_info[1], zlib.crc32((sys.executable + "$(CURDIR)").encode()) & 0xffffffff))' 2>/dev/null)
@@ -25,7 +23,8 @@ help:
 	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
 	@echo "make lint              ruff and mypy"
 	@echo "make proto             generate the stubs from proto/"
-	@echo "make constraints       resolve the pinned versions in constraints/ anew"
+	@echo "make constraints       resolve the pinned versions and their hashes in constraints/ anew"
+	@echo "make audit             look the pinned versions up in the database of known vulnerabilities"
 	@echo "make clean             remove both environments"
 	@echo
 	@echo "PYTHON=python3.13 make ...   with another Python than python3 (3.11 or newer)"
@@ -53,33 +52,40 @@ proto: $(PROJECT)
 
 environments: $(PROJECT) $(DELTAGLIDER)
 
-# $(1) the environment, $(2) its constraints, $(3) what goes into it
+# $(1) the environment, $(2) its lock: every package with its version and hashes, the build backend included,
+# so that nothing else is fetched, and nothing of which not one hash was seen before
 define install
 	@echo "$(1): installing, once; this takes a minute or two"
 	@mkdir -p $(1)-temporary
 	@test -e $@ || TMPDIR=$(CURDIR)/$(1)-temporary $(PYTHON) -m venv --clear $(1)
-	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --upgrade -c $(2) $(BUILD)
-	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --no-build-isolation -c $(2) $(3)
+	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --require-hashes --no-deps -r $(2)
+	@TMPDIR=$(CURDIR)/$(1)-temporary $(1)/bin/python $(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@rm -rf $(1)-temporary
 	@touch $@
 endef
 
 $(PROJECT): pyproject.toml constraints/project.txt | python
-	$(call install,.venv,constraints/project.txt,--group dev -e .)
+	$(call install,.venv,constraints/project.txt)
 
 $(DELTAGLIDER): pyproject.toml constraints/deltaglider.txt | python
-	$(call install,.venv-deltaglider,constraints/deltaglider.txt,--group deltaglider -e .)
+	$(call install,.venv-deltaglider,constraints/deltaglider.txt)
 
+# uv resolves for all Pythons at once, with the hash of every file; pip checks them when it installs
 constraints: | python
-	@for name in project:dev deltaglider:deltaglider; do \
-		set -e; environment=$$(mktemp -d); $(PYTHON) -m venv $$environment; \
-		$$environment/bin/python $(PIP) install --quiet --upgrade $(BUILD); \
-		$$environment/bin/python $(PIP) install --quiet --no-build-isolation --group $${name#*:} -e .; \
-		{ echo "# made by: make constraints"; \
-		  $$environment/bin/python $(PIP) freeze --all --exclude-editable \
-			| grep -v -e '^-' -e '^#' -e '^$$' -e '^setuptools=='; \
-		} > constraints/$${name%:*}.txt; \
-		rm -rf $$environment; \
+	@set -e; environment=$$(mktemp -d); trap 'rm -rf "$$environment"' EXIT; \
+	$(PYTHON) -m venv $$environment; $$environment/bin/python $(PIP) install --quiet uv; \
+	for name in project:dev deltaglider:deltaglider; do \
+		$$environment/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+			--no-annotate --custom-compile-command 'make constraints' \
+			--group $${name#*:} --group build pyproject.toml -o constraints/$${name%:*}.txt; \
+	done
+
+# not part of make test: it asks a service on the network, and what was right yesterday may be known as wrong today
+audit: | python
+	@set -e; environment=$$(mktemp -d); trap 'rm -rf "$$environment"' EXIT; \
+	$(PYTHON) -m venv $$environment; $$environment/bin/python $(PIP) install --quiet pip-audit; \
+	for name in project deltaglider; do \
+		$$environment/bin/pip-audit --disable-pip --require-hashes -r constraints/$$name.txt; \
 	done
 
 python:
