@@ -85,7 +85,7 @@ audit: | python
 	@set -e; environment=$$(mktemp -d); trap 'rm -rf "$$environment"' EXIT; \
 	$(PYTHON) -m venv $$environment; $$environment/bin/python $(PIP) install --quiet pip-audit; \
 	for name in project deltaglider; do \
-		$$environment/bin/pip-audit --disable-pip --require-hashes -r constraints/$$name.txt; \
+		$$environment/bin/pip-audit --strict --disable-pip --require-hashes -r constraints/$$name.txt; \
 	done
 
 python:

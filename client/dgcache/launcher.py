@@ -5,32 +5,28 @@ name; only messages that the kernel says come from our child count. A lock makes
 start one daemon.
 """
 
-import fcntl
 import os
 import secrets
 import select
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from dgcache.session import Session
+from dgcache.start_lock import lock_within, start_lock
 from dgcache_core.directories import open_private_directory
 from dgcache_core.errors import (
     CacheError,
     CacheRefusedError,
     CacheUnavailableError,
-    DaemonAbsentError,
     SettingsError,
 )
 from dgcache_core.runtime_directory import DAEMON_LOCK, candidates, make_first_usable
 
-START_LOCK = "start.lock"
 _UCRED = struct.Struct("3i")
 _ALREADY_SERVING = 75
 _KINDS: dict[int, type[CacheError]] = {77: CacheRefusedError, 78: SettingsError}
@@ -73,7 +69,7 @@ def start(
     """
     deadline = time.monotonic() + budget_seconds
     log_file = log_file or default_log_file(environ)
-    with _start_lock(socket_dir, environ, deadline):
+    with start_lock(socket_dir, environ, deadline):
         if is_serving(socket_dir, environ):
             return None
         os.close(open_private_directory(log_file.parent, create=True))
@@ -97,69 +93,6 @@ def is_serving(socket_dir: Path | None, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def stop(socket_dir: Path | None, environ: Mapping[str, str], budget_seconds: float = 20.0) -> bool:
-    """End the daemon and return when it has ended; False if none was running.
-
-    Raises:
-        CacheUnavailableError: it does not end, or does not answer.
-    """
-    from dgcache.remote import DaemonBackend
-
-    try:
-        session = Session.connect(socket_dir, environ, _PROBE_SECONDS)
-    except DaemonAbsentError:
-        return False
-    backend = DaemonBackend(session)
-    try:
-        pid = int(backend.status()["pid"])
-        pidfd = _open_process(pid)
-        if pidfd < 0:
-            return True
-        try:
-            backend.status()  # still there, so the pid was its own when the pidfd was opened
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            backend.close()
-            if not poll.poll(budget_seconds * 1000):
-                raise CacheUnavailableError(f"dg-cached (pid {pid}) does not end: kill -9 {pid}")
-        finally:
-            os.close(pidfd)
-    finally:
-        backend.close()
-    return True
-
-
-def _open_process(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1
-
-
-@contextmanager
-def _start_lock(
-    socket_dir: Path | None, environ: Mapping[str, str], deadline: float
-) -> Iterator[None]:
-    """Hold the lock of starters, in the directory where the daemon will listen."""
-    _, directory_fd, _ = make_first_usable(candidates(socket_dir, environ))
-    try:
-        lock = os.open(
-            START_LOCK,
-            os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o600,
-            dir_fd=directory_fd,
-        )
-    finally:
-        os.close(directory_fd)
-    try:
-        os.fchmod(lock, 0o600)  # whatever the umask left of it
-        _lock_within(lock, deadline)
-        yield
-    finally:
-        os.close(lock)
-
-
 def _wait_for_the_one_that_ends(
     socket_dir: Path | None, environ: Mapping[str, str], deadline: float
 ) -> None:
@@ -172,28 +105,9 @@ def _wait_for_the_one_that_ends(
     finally:
         os.close(directory_fd)
     try:
-        _lock_within(lock, deadline)
+        lock_within(lock, deadline)
     finally:
         os.close(lock)
-
-
-def _lock_within(lock: int, deadline: float) -> None:
-    """flock(2) has no timeout of its own: a short-lived helper waits in our place and is killed."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except BlockingIOError:
-        pass
-    # flock(1) takes the lock on the same open file description, so it stays with us
-    waiter = ["flock", "--exclusive", "--timeout", f"{max(0.1, deadline - time.monotonic()):.1f}"]
-    try:
-        done = subprocess.run([*waiter, str(lock)], pass_fds=(lock,), check=False)
-    except FileNotFoundError as error:
-        raise CacheUnavailableError(
-            "another start or stop is under way, and flock(1) is missing"
-        ) from error
-    if done.returncode != 0:
-        raise CacheUnavailableError("another start or stop does not end: try again")
 
 
 def _spawn(

@@ -154,7 +154,7 @@ def _wait_readable(connection: socket.socket, deadline: float) -> None:
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise CacheUnavailableError("the daemon does not answer: see dg-cache status")
+        raise CacheUnavailableError("the daemon does not answer: run dg-cache restart --force")
 
 
 def _understood(packet: bytes) -> "dgcache_pb2.Hello":

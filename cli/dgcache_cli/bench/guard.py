@@ -26,12 +26,12 @@ def main() -> int:
 
 
 def _clear_up(directory: Path) -> None:
-    from dgcache import launcher
+    from dgcache import ending
     from dgcache_core.errors import CacheError
 
     for sockets in directory.glob(f"*/{SOCKETS}"):
         with contextlib.suppress(CacheError):  # it does not answer, or is no daemon any more
-            launcher.stop(sockets, {})
+            ending.stop(sockets, {})
     shutil.rmtree(directory, ignore_errors=True)
 
 

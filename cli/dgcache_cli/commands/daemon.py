@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dgcache import Settings, launcher
+from dgcache import Settings, ending, launcher
 from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
-from dgcache_core.errors import CacheError, CacheUnavailableError, DaemonAbsentError
+from dgcache_core.errors import CacheError, CacheUnavailableError
 from dgcache_core.settings import DaemonSettings, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
@@ -43,10 +43,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     start.set_defaults(run=_start)
 
     stop = commands.add_parser("stop", help="stop the daemon; returns when it has ended")
+    _add_force(stop)
     stop.set_defaults(run=_stop)
 
     restart = commands.add_parser("restart", help="stop, then start with the same options")
     _add_options(restart)
+    _add_force(restart)
     restart.set_defaults(run=_restart)
 
     status = commands.add_parser("status", help="how the daemon is, and what it saved")
@@ -62,6 +64,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, metavar, text) in _OPTIONS.items():
         parser.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="kill it where it does not end within 20 s"
+    )
 
 
 def _flag(name: str) -> str:
@@ -96,29 +104,44 @@ def _start(arguments: argparse.Namespace) -> int:
     return exits.OK
 
 
-def _stop(_: argparse.Namespace) -> int:
+def _stop(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
-    try:
-        status = _ask(settings)
-    except DaemonAbsentError:
+    serving = ending.find(settings.socket_dir, os.environ)
+    if serving is None and not _units_listen():
         print("dg-cached is not running")
         return exits.OK
-    if status["supervisor"] == "systemd":
+    if serving is None or serving.unit == _UNITS[1]:
         return _systemctl("stop", *_UNITS)
-    launcher.stop(settings.socket_dir, os.environ)
-    print(f"dg-cached (pid {status['pid']}) stopped")
+    ending.stop(settings.socket_dir, os.environ, force=arguments.force)
+    print(f"dg-cached (pid {serving.pid}) stopped")
     return exits.OK
 
 
+def _units_listen() -> bool:
+    """Tell whether systemd's sockets wait for a first client, with no daemon as yet."""
+    if shutil.which("systemctl") is None:
+        return False
+    active = ["systemctl", "--user", "--quiet", "is-active", _UNITS[0]]
+    return subprocess.run(active, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def _restart(arguments: argparse.Namespace) -> int:
-    try:
-        status = _ask(Settings.from_environment())
-    except CacheError:
-        status = {"supervisor": "none", "settings": []}
-    if status["supervisor"] == "systemd":
+    settings = Settings.from_environment()
+    serving = ending.find(settings.socket_dir, os.environ)
+    if serving is not None and serving.unit == _UNITS[1]:
         return _systemctl("restart", _UNITS[1])
-    _take_over_flags(arguments, status["settings"])
+    if serving is not None:
+        _take_over_flags(arguments, _settings_of_daemon(settings))
     return _stop(arguments) or _start(arguments)
+
+
+def _settings_of_daemon(settings: Settings) -> list[dict[str, str]]:
+    try:
+        effective: list[dict[str, str]] = _ask(settings)["settings"]
+    except CacheError as error:  # whatever is wrong, it ends all the same
+        print(f"dg-cache: {error}; it starts with default options", file=sys.stderr)
+        return []
+    return effective
 
 
 def _take_over_flags(arguments: argparse.Namespace, settings: list[dict[str, str]]) -> None:
