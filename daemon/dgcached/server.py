@@ -46,6 +46,7 @@ from dgcached.sessions import SessionListener
 from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
 from dgcached.supervisor import Notifier
 from dgcached.sweeper import Sweeper
+from dgcached.watchdog import Watchdog, take_interval
 
 PROTOCOL = 1
 OLDEST_PROTOCOL = 1
@@ -125,6 +126,7 @@ class Daemon:
             describe=self._describe,
         )
         self._pressure = PressureWatcher(self._store, limits)
+        self._watchdog = Watchdog(notifier, take_interval(), self._store.status)
         self._warned_of_keys = False
 
     async def run(self) -> int:
@@ -153,6 +155,7 @@ class Daemon:
         await self._guard.start(sessions.listen_on, listener.listen_on)
         self._monitor.start()
         self._pressure.start()
+        self._watchdog.start()
         event(
             logging.INFO,
             "started",
@@ -182,6 +185,7 @@ class Daemon:
         await draining
         await self._sweeper.stop()
         await self._pressure.stop()
+        await self._watchdog.stop()
         await loop.run_in_executor(None, self._service.close)
         await loop.run_in_executor(None, self._store.close)
         if self._disk is not None:

@@ -6,6 +6,7 @@ suggest speaking them directly.
 
 import os
 import socket
+from contextlib import suppress
 
 from dgcache_core.errors import CacheRefusedError
 
@@ -45,17 +46,16 @@ class Notifier:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
 
     def notify(self, **states: str) -> None:
-        """Send assignments such as READY="1". A supervisor that is gone is no reason to stop."""
+        """Send assignments such as READY="1". A supervisor that is gone, or too busy to take this
+        one within a second, is no reason to stop; thread-safe."""
         if not self._address:
             return
         message = "\n".join(f"{name}={value}" for name, value in states.items())
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(1)
-            try:
+            with suppress(OSError):
                 sender.sendto(message.encode(errors="replace"), address)
-            except OSError:
-                self._address = ""
 
 
 def supervised_by_systemd() -> bool:

@@ -55,7 +55,7 @@ _LOG_LINES = 10_000
 _MOUNTS = """\
 mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /run
 mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /var/log
-mkdir /run/systemd
+mkdir /run/systemd /run/credentials
 cd /run/systemd
 mkdir -p system unit-root journal journald.conf.d user.conf.d /var/log/journal
 """
