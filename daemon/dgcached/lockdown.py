@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ def _rules(changed: Iterable[int]) -> Iterator[tuple[str, int]]:
 def _libraries() -> set[str]:
     """Return where modules may still be imported from. Never an entry of `sys.path` as such: one is
     the directory that somebody happened to start us in."""
-    paths = sysconfig.get_paths()
-    found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    found = {os.path.dirname(os.__file__)}  # noqa: PTH120 - a text
+    found |= {path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))}
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None)
         if "." not in name and origin and hasattr(module, "__path__"):
