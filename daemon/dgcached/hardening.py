@@ -16,7 +16,7 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _WANTED_DESCRIPTORS = 65_536
 _CAPABILITY_VERSION_3 = 0x2008_0522
-_NEEDED = ("DG_", "XDG_", "LC_", "PYTHON", "GRPC_", "LISTEN_", "LD_")
+_NEEDED = ("DG_", "XDG_", "LC_", "PYTHON", "GRPC_", "LISTEN_", "LD_", "WATCHDOG_")
 _NEEDED_WHOLE = (
     *("HOME", "LANG", "PATH", "TZ", "USER", "LOGNAME", "TMPDIR", "NOTIFY_SOCKET"),
     *("CREDENTIALS_DIRECTORY", "JOURNAL_STREAM", "INVOCATION_ID", "SYSTEMD_EXEC_PID"),
@@ -65,10 +65,18 @@ def harden() -> None:
 
 
 def _drop_capabilities() -> None:
-    """Root without them is a user like any other; to give up takes no permission (capset(2))."""
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    if _libc().capset(header, bytes(24)) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
+    """Root without them is a user like any other; to give up takes no permission (capset(2)).
+
+    Who has none does not ask: systemd's filters do not have the call. Status shows what is left.
+    """
+    if _own_capabilities():
+        header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+        _libc().capset(header, bytes(24))
+
+
+def _own_capabilities() -> int:
+    """Return a bit for each that is permitted (capabilities(7))."""
+    return int(_own_status().get("CapPrm", "0"), 16)
 
 
 def detach(keep: Collection[int]) -> None:
@@ -128,7 +136,7 @@ def effective() -> Hardening:
         kernel=os.uname().release,
         no_new_privileges=status.get("NoNewPrivs") == "1",
         filters_system_calls=status.get("Seccomp") == "2",
-        capabilities=int(status.get("CapPrm", "0"), 16),
+        capabilities=_own_capabilities(),
         user_namespace=_text(_OWN / "uid_map").split() != ["0", "0", "4294967295"],
         root_read_only=bool(os.statvfs("/").f_flag & os.ST_RDONLY),
         home=_home(os.path.expanduser("~")),  # noqa: PTH111 - stays "~" where nobody knows it
