@@ -6,6 +6,7 @@ suggest speaking them directly.
 
 import os
 import socket
+from contextlib import suppress
 
 from dgcache_core.errors import CacheRefusedError
 
@@ -63,15 +64,13 @@ class Notifier:
         return self._sender.fileno() if self._sender is not None else -1
 
     def notify(self, **states: str) -> None:
-        """Send assignments such as READY="1". A supervisor that is gone is no reason to stop."""
+        """Send assignments such as READY="1". A supervisor that is gone, or too busy to take this
+        one within a second, is no reason to stop; thread-safe."""
         if self._sender is None:
             return
         message = "\n".join(f"{name}={value}" for name, value in states.items())
-        try:
+        with suppress(OSError):
             self._sender.send(message.encode(errors="replace"))
-        except OSError:
-            self._sender.close()
-            self._sender = None
 
 
 def supervised_by_systemd() -> bool:
