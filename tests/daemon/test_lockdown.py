@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.wire import SECONDS, Client, Daemon, eventually, own_environment, running
+from tests.support.wire import SECONDS, Client, Daemon, eventually, own_environment, poll, running
 
 _EVERY_ATTEMPT = """
 import errno, os, signal, socket, sys
@@ -139,6 +139,7 @@ def test_inherited_descriptors_are_closed(short_directory: Path) -> None:
         try:
             os.close(write_end)
             assert b"READY=1" in notices.recv(4096)
+            assert poll([read_end]) == [read_end]
             assert os.read(read_end, 1) == b""
             assert Path(f"/proc/{process.pid}/fd/0").readlink() == Path("/dev/null")
         finally:
