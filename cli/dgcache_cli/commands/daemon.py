@@ -209,7 +209,7 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{'dumpable' if hardening['dumpable'] else 'not dumpable'}, "
             f"core limit {hardening['core_limit_bytes']} B, umask {hardening['umask']:04o}",
         ),
-        ("confined by", _confined(hardening)),
+        ("confined", _confined(hardening)),
         ("watched by", _monitor(status["monitor"])),
         ("security", _security(status["security_events"])),
     ]
