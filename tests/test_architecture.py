@@ -67,6 +67,7 @@ def test_only_entry_points_read_the_environment() -> None:
         "cli/dgcache_cli/commands/cleanup.py",
         "cli/dgcache_cli/commands/daemon.py",
         "cli/dgcache_cli/commands/deltaglider.py",
+        "cli/dgcache_cli/commands/doctor.py",
         "cli/dgcache_cli/commands/setup.py",
         "client/dgcache/cache.py",
         "client/dgcache/settings.py",

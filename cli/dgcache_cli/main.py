@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         cleanup,
         daemon,
         deltaglider,
+        doctor,
         events,
         references,
         setup,
@@ -71,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (daemon, events, references, setup, bench, cleanup, deltaglider):
+    for group in (daemon, doctor, events, references, setup, bench, cleanup, deltaglider):
         group.add_commands(commands)
     return parser
 

@@ -35,7 +35,7 @@ class DiskTier:
     def __init__(self, store: DiskStore, directory_fd: int) -> None:
         """Take over both; see `open_disk_tier`."""
         self.store = store
-        self._fd = directory_fd
+        self.directory_fd = directory_fd
         self.on_new_directory: Callable[[Directory], None] = lambda _: None
 
     def watched_directories(self) -> list[Directory]:
@@ -59,7 +59,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Close the directory; the store is closed by whoever has it."""
-        os.close(self._fd)
+        os.close(self.directory_fd)
 
     def message(self) -> pb.DiskStatus:
         """Return its figures for Status."""
@@ -67,7 +67,7 @@ class DiskTier:
 
     def _directory(self, path: Path) -> Directory:
         relative = path.relative_to(self.store.status().directory)
-        return Directory(self._fd, ITSELF if relative == Path() else str(relative))
+        return Directory(self.directory_fd, ITSELF if relative == Path() else str(relative))
 
 
 def open_disk_tier(

@@ -52,7 +52,7 @@ def choose_budget(wanted_mb: float | None, effective_bytes: int | None = None) -
 def effective_memory_bytes(membership: Path = _MEMBERSHIP, root: Path = _GROUPS) -> int:
     """Return the least of the host's memory and every limit above this process (cgroups(7))."""
     limits = [int(psutil.virtual_memory().total)]
-    for group in _groups(membership, root):
+    for group in own_groups(membership, root):
         limits.extend(_limits_of(group))
     return min(limits)
 
@@ -76,7 +76,7 @@ def read_places(
     places = [
         Place("host", int(host.total), int(host.available), some, full, host_stalls in alarmed)
     ]
-    for group in _groups(membership, root):
+    for group in own_groups(membership, root):
         limit = min(_limits_of(group), default=host.total)
         used = _used_bytes(group)
         if limit < host.total and used is not None:
@@ -127,7 +127,7 @@ def _stalls(file: Path) -> tuple[float, float]:
     return found.get("some", 0.0), found.get("full", 0.0)
 
 
-def _groups(membership: Path, root: Path) -> list[Path]:
+def own_groups(membership: Path = _MEMBERSHIP, root: Path = _GROUPS) -> list[Path]:
     """Return the directories of our memory group and of all above it, in v2 and v1 hierarchies."""
     return [group for chain in _chains(membership, root) for group in chain]
 

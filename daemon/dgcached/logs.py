@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import re
+import stat
 import sys
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def set_up(log_file: Path | None, *, verbose: bool) -> str:
     """Choose where events go and return its name: a path, "journal", or "stderr"."""
     handler: logging.Handler
     if log_file is not None:
-        handler = RotatingFileHandler(log_file, maxBytes=MAX_LOG_BYTES, backupCount=1)
+        handler = _BoundedFile(log_file)
         where = str(log_file)
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -57,6 +57,48 @@ def set_up(log_file: Path | None, *, verbose: bool) -> str:
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
     return where
+
+
+class _BoundedFile(logging.FileHandler):
+    """A file and the one before it, `.1`, both open from the beginning.
+
+    A full file is copied and emptied and not renamed: nothing needs to be made or removed later,
+    when no right to do so is left, and standard error, which may be the same file, stays with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = self._before = -1
+        if stat.S_ISREG(path.stat().st_mode):
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._before = os.open(f"{path}.1", flags, 0o600)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file >= 0:
+            try:
+                self._make_room(len(self.format(record).encode(errors="replace")) + 1)
+            except OSError:
+                self.handleError(record)
+        super().emit(record)
+
+    def _make_room(self, more_bytes: int) -> None:
+        size = os.fstat(self._file).st_size
+        if size + more_bytes <= MAX_LOG_BYTES:
+            return
+        try:
+            last = os.pread(self._file, MAX_LOG_BYTES, max(0, size - MAX_LOG_BYTES))
+            os.ftruncate(self._before, 0)
+            os.pwrite(self._before, last, 0)
+        finally:
+            os.ftruncate(self._file, 0)  # the bound holds on a full disk, too
+
+    def close(self) -> None:
+        for descriptor in (self._file, self._before):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._before = -1
+        super().close()
 
 
 class _JournalFormatter(logging.Formatter):

@@ -13,7 +13,13 @@ from dgcache_core.key_sources import choose_key
 from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, clamped, declared
 from dgcache_core.settings_files import read_settings
 from dgcached import BUILD, logs
-from dgcached.hardening import harden, overwrite_variable, raise_descriptor_limit
+from dgcached.hardening import (
+    detach,
+    forget_environment,
+    harden,
+    overwrite_variable,
+    raise_descriptor_limit,
+)
 from dgcached.host_memory import Budget, choose_budget
 from dgcached.limits import Limits
 from dgcached.sockets import AlreadyServing, Listeners
@@ -51,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         handed_over = take_listeners()
     except CacheRefusedError as error:
         return _fail(notifier, EX_REFUSED, str(error))
+    detach({notifier.fileno(), *(listener.fileno() for listener in handed_over)})
+    forget_environment(os.environ)
     try:
         resolved = _settings(arguments)
     except SettingsError as error:
@@ -123,6 +131,7 @@ async def _serve(
     from dgcached.server import Daemon
 
     daemon = Daemon(resolved, budget, listeners, notifier, limits, supervisor=supervisor, log=log)
+    daemon.confine()
     return await daemon.run()
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from dgcached.hardening import effective
 from dgcached.host_memory import Budget
 from dgcached.limits import Limits
 from dgcached.listener import Listener
+from dgcached.lockdown import Confinement, confine, preload
 from dgcached.logs import as_unicode, event
 from dgcached.monitor import Audited, Monitor
 from dgcached.pages import store_status_message
@@ -128,6 +130,15 @@ class Daemon:
         self._pressure = PressureWatcher(self._store, limits)
         self._watchdog = Watchdog(notifier, take_interval(), self._store.status)
         self._warned_of_keys = False
+        self._confinement = Confinement(0, trouble="not asked for")
+
+    def confine(self) -> None:
+        """Give up what is not needed to serve; to be called in the process's only thread."""
+        preload()
+        changed = [self._listeners.directory_fd]
+        if self._disk is not None:
+            changed.append(self._disk.directory_fd)
+        self._confinement = confine(changed)
 
     async def run(self) -> int:
         """Serve until a signal says stop, or somebody takes away what cannot be made again.
@@ -289,6 +300,10 @@ class Daemon:
                 **asdict(hardening),
                 keys=status.key_protection,
                 shares_handouts=status.shares_handouts,
+                landlock_abi=self._confinement.landlock_abi,
+                landlock_refuses=self._confinement.refuses,
+                landlock_trouble=self._confinement.trouble,
+                directory_modes=self._directory_modes(),
             ),
             settings=self._effective_settings(),
             log=as_unicode(self._log),
@@ -298,6 +313,12 @@ class Daemon:
             pressure=self._pressure.message(),
             disk=self._disk.message() if self._disk is not None else self._no_disk,
         )
+
+    def _directory_modes(self) -> dict[str, int]:
+        found = {as_unicode(self._listeners.directory): self._listeners.directory_fd}
+        if self._disk is not None:
+            found[as_unicode(self._disk.store.status().directory)] = self._disk.directory_fd
+        return {path: stat.S_IMODE(os.fstat(fd).st_mode) for path, fd in found.items()}
 
     def _effective_settings(self) -> list[pb.EffectiveSetting]:
         values = {

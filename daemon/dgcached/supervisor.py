@@ -40,22 +40,37 @@ def take_listeners() -> list[socket.socket]:
 
 
 class Notifier:
-    """Tells whoever started us how we are; silent where nobody asked."""
+    """Tells whoever started us how we are; silent where nobody asked.
+
+    It is connected from the beginning: an abstract socket of somebody else is out of reach later.
+    """
 
     def __init__(self) -> None:
-        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._sender: socket.socket | None = None
+        if not address:
+            return
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        sender.settimeout(1)
+        try:
+            sender.connect("\0" + address[1:] if address[0] == "@" else address)
+        except OSError:
+            sender.close()
+        else:
+            self._sender = sender
+
+    def fileno(self) -> int:
+        """Return its descriptor, or -1."""
+        return self._sender.fileno() if self._sender is not None else -1
 
     def notify(self, **states: str) -> None:
         """Send assignments such as READY="1". A supervisor that is gone, or too busy to take this
         one within a second, is no reason to stop; thread-safe."""
-        if not self._address:
+        if self._sender is None:
             return
         message = "\n".join(f"{name}={value}" for name, value in states.items())
-        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.settimeout(1)
-            with suppress(OSError):
-                sender.sendto(message.encode(errors="replace"), address)
+        with suppress(OSError):
+            self._sender.send(message.encode(errors="replace"))
 
 
 def supervised_by_systemd() -> bool:

@@ -232,9 +232,29 @@ def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{'dumpable' if hardening['dumpable'] else 'not dumpable'}, "
             f"core limit {hardening['core_limit_bytes']} B, umask {hardening['umask']:04o}",
         ),
+        ("confined", _confined(hardening)),
         ("watched by", _monitor(status["monitor"])),
         ("security", _security(status["security_events"])),
     ]
+
+
+def _confined(hardening: dict[str, Any]) -> str:
+    """One line about what is in effect; `doctor` judges it."""
+    if not hardening.get("kernel"):
+        return "unknown: an older dg-cached runs, see dg-cache restart"
+    refuses = ", ".join(hardening["landlock_refuses"])
+    parts = [
+        f"Landlock ABI {hardening['landlock_abi']} ({refuses})" if refuses else "no Landlock",
+        "no new privileges" if hardening["no_new_privileges"] else "new privileges possible",
+        "no capabilities" if not hardening["capabilities"] else "capabilities",
+        "filtered system calls" if hardening["filters_system_calls"] else "any system call",
+        "own user namespace" if hardening["user_namespace"] else "no user namespace of its own",
+        f"/ {'read-only' if hardening['root_read_only'] else 'writable'}",
+        f"home {hardening['home']}",
+        "network" if hardening["network"] else "no network",
+        f"swap to {hardening['swap']}" if hardening["swap"] else "no swap",
+    ]
+    return f"{'; '.join(parts)}: see dg-cache doctor"
 
 
 def _fetches(leases: dict[str, Any]) -> str:

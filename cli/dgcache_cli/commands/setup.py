@@ -110,7 +110,7 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any] | None:
 
 def _install(_: argparse.Namespace) -> int:
     program = _daemon_program()
-    directory = _unit_directory()
+    directory = unit_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for unit in _UNITS:
@@ -147,7 +147,8 @@ def _daemon_program() -> Path:
     return Path(found).absolute()
 
 
-def _unit_directory() -> Path:
+def unit_directory() -> Path:
+    """Return where the user's own units are (systemd.unit(5))."""
     config = os.environ.get("XDG_CONFIG_HOME", "")
     base = Path(config) if config.startswith("/") else Path.home() / ".config"
     return base / "systemd" / "user"

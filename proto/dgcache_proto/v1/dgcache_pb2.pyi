@@ -1216,17 +1216,76 @@ class Hardening(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class DirectoryModesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DUMPABLE_FIELD_NUMBER: _builtins.int
     CORE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     SHARES_HANDOUTS_FIELD_NUMBER: _builtins.int
     UMASK_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    NO_NEW_PRIVILEGES_FIELD_NUMBER: _builtins.int
+    FILTERS_SYSTEM_CALLS_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    USER_NAMESPACE_FIELD_NUMBER: _builtins.int
+    ROOT_READ_ONLY_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    SWAP_FIELD_NUMBER: _builtins.int
+    LANDLOCK_ABI_FIELD_NUMBER: _builtins.int
+    LANDLOCK_REFUSES_FIELD_NUMBER: _builtins.int
+    LANDLOCK_TROUBLE_FIELD_NUMBER: _builtins.int
+    DIRECTORY_MODES_FIELD_NUMBER: _builtins.int
     dumpable: _builtins.bool
     core_limit_bytes: _builtins.int
     keys: _builtins.str
     """memfd_secret, locked, or unlocked"""
     shares_handouts: _builtins.bool
     umask: _builtins.int
+    kernel: _builtins.str
+    """its release; empty: an older daemon, which says nothing of what follows"""
+    no_new_privileges: _builtins.bool
+    filters_system_calls: _builtins.bool
+    """seccomp"""
+    capabilities: _builtins.int
+    """permitted, a bit each (capabilities(7))"""
+    user_namespace: _builtins.bool
+    """of its own; without, a user manager has no sandbox to give"""
+    root_read_only: _builtins.bool
+    home: _builtins.str
+    """as mounts and modes have it: hidden, read-only, writable"""
+    network: _builtins.bool
+    """there is an interface besides loopback"""
+    swap: _builtins.str
+    """where its memory may be written to; empty: nowhere"""
+    landlock_abi: _builtins.int
+    """of this kernel; 0: it has none"""
+    landlock_trouble: _builtins.str
+    """why that is not all that this kernel could refuse"""
+    @_builtins.property
+    def landlock_refuses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """seen at the start: files, tcp, abstract-sockets"""
+
+    @_builtins.property
+    def directory_modes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -1235,10 +1294,23 @@ class Hardening(_message.Message):
         keys: _builtins.str = ...,
         shares_handouts: _builtins.bool = ...,
         umask: _builtins.int = ...,
+        kernel: _builtins.str = ...,
+        no_new_privileges: _builtins.bool = ...,
+        filters_system_calls: _builtins.bool = ...,
+        capabilities: _builtins.int = ...,
+        user_namespace: _builtins.bool = ...,
+        root_read_only: _builtins.bool = ...,
+        home: _builtins.str = ...,
+        network: _builtins.bool = ...,
+        swap: _builtins.str = ...,
+        landlock_abi: _builtins.int = ...,
+        landlock_refuses: _abc.Iterable[_builtins.str] | None = ...,
+        landlock_trouble: _builtins.str = ...,
+        directory_modes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["core_limit_bytes", b"core_limit_bytes", "dumpable", b"dumpable", "keys", b"keys", "shares_handouts", b"shares_handouts", "umask", b"umask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "core_limit_bytes", b"core_limit_bytes", "directory_modes", b"directory_modes", "dumpable", b"dumpable", "filters_system_calls", b"filters_system_calls", "home", b"home", "kernel", b"kernel", "keys", b"keys", "landlock_abi", b"landlock_abi", "landlock_refuses", b"landlock_refuses", "landlock_trouble", b"landlock_trouble", "network", b"network", "no_new_privileges", b"no_new_privileges", "root_read_only", b"root_read_only", "shares_handouts", b"shares_handouts", "swap", b"swap", "umask", b"umask", "user_namespace", b"user_namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,155 @@
+"""What is judged of this account and machine, whether a daemon runs or not."""
+
+import ctypes
+import os
+import pwd
+import resource
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dgcache_cli.diagnosis import Finding, Level, judged
+from dgcache_cli.lingering import enabling, lingers
+from dgcache_core.directories import open_private_directory
+from dgcache_core.errors import CacheRefusedError
+from dgcache_core.runtime_directory import candidates
+
+_LEAST_DESCRIPTORS = 1024
+_LANDLOCK_CREATE_RULESET, _MEMFD_SECRET = 444, 447
+
+
+def of_surroundings(
+    environ: Mapping[str, str], socket_dir: Path | None, units: Path
+) -> Iterator[Finding]:
+    """Judge places, units, account, limits and kernel.
+
+    Args:
+        environ: this process's.
+        socket_dir: the place of the sockets that the settings name, if they do.
+        units: the directory of the user's systemd units.
+    """
+    yield from _places(environ, socket_dir)
+    yield from _unit(units)
+    yield from _lingering()
+    yield _descriptors()
+    yield _xdelta3(environ)
+    yield from _kernel()
+
+
+def _places(environ: Mapping[str, str], socket_dir: Path | None) -> Iterator[Finding]:
+    """Each place where sockets may be, and why one is refused. Nothing is made."""
+    usable = False
+    for place in candidates(socket_dir, environ):
+        try:
+            os.close(open_private_directory(place.path))
+            found = "is private"
+        except FileNotFoundError:
+            if not place.needs.is_dir():
+                continue
+            found = "would be made"
+        except CacheRefusedError as error:
+            message, _, mend = str(error).partition(": ")
+            yield Finding(
+                Level.BAD, "place", message, "clients and daemon refuse such a directory", mend
+            )
+            continue
+        except OSError as error:
+            yield Finding(Level.WARN, "place", f"{place.path}: {error.strerror}")
+            continue
+        if not usable:
+            yield Finding(Level.OK, "place", f"{place.path} {found}")
+        usable = True
+    if not usable:
+        yield Finding(
+            Level.BAD,
+            "place",
+            "none for the sockets",
+            "no daemon can start",
+            "set DG_CACHE_SOCKET_DIR",
+        )
+
+
+def _unit(units: Path) -> Iterator[Finding]:
+    try:
+        text = (units / "dg-cached.service").read_text()
+    except OSError:
+        yield Finding(Level.OK, "units", "none installed (dg-cache install --units-only)")
+        return
+    line = next((one for one in text.splitlines() if one.startswith("ExecStart=")), "")
+    with suppress(ValueError):
+        words = shlex.split(line.removeprefix("ExecStart="))
+        program = words[0].replace("%%", "%") if words else ""
+        yield judged(
+            Level.OK if os.access(program, os.X_OK) else Level.BAD,
+            "units",
+            f"start {program or 'nothing'}"
+            + ("" if os.access(program, os.X_OK) else ", which is no program"),
+            "systemd cannot start the daemon",
+            "dg-cache install --units-only",
+        )
+    enabled = (units / "sockets.target.wants" / "dg-cached.socket").is_symlink()
+    yield judged(
+        Level.OK if enabled else Level.WARN,
+        "socket unit",
+        "enabled" if enabled else "not enabled",
+        "after the next login nobody listens",
+        "systemctl --user enable --now dg-cached.socket",
+    )
+
+
+def _lingering() -> Iterator[Finding]:
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return
+    answer = lingers(user)
+    if answer is not None:
+        yield judged(
+            Level.OK if answer else Level.WARN,
+            "lingering",
+            "on" if answer else "off",
+            "under systemd the daemon ends with the last login; cron and CI log in nowhere",
+            enabling(user),
+        )
+
+
+def _descriptors() -> Finding:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    well = hard == resource.RLIM_INFINITY or hard >= _LEAST_DESCRIPTORS
+    return judged(
+        Level.OK if well else Level.WARN,
+        "descriptors",
+        f"at most {'any number' if hard == resource.RLIM_INFINITY else hard}",
+        "each session and each reference that is held takes some",
+        f"ulimit -Hn {_LEAST_DESCRIPTORS} or more (limits.conf(5))",
+    )
+
+
+def _xdelta3(environ: Mapping[str, str]) -> Finding:
+    found = shutil.which("xdelta3", path=environ.get("PATH"))
+    return judged(
+        Level.OK if found else Level.WARN,
+        "xdelta3",
+        found or "not found",
+        "DeltaGlider cannot encode or decode without it",
+        "sudo apt-get install xdelta3",
+    )
+
+
+def _kernel() -> Iterator[Finding]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    release = os.uname().release
+    landlock = int(libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
+    secret = int(libc.syscall(_MEMFD_SECRET, os.O_CLOEXEC))
+    if secret >= 0:
+        os.close(secret)
+    has = [f"Landlock ABI {max(0, landlock)}", f"{'' if secret >= 0 else 'no '}memfd_secret"]
+    yield judged(
+        Level.OK if landlock >= 2 and secret >= 0 else Level.WARN,
+        "kernel",
+        f"{release}: {', '.join(has)}",
+        "the daemon is protected by less: without memfd_secret root can read its keys",
+        "a newer kernel, or one with both switched on",
+    )
