@@ -57,8 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         daemon,
         deltaglider,
         events,
+        install,
         references,
         setup,
+        uninstall,
     )
 
     parser = argparse.ArgumentParser(
@@ -71,7 +73,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (daemon, events, references, setup, bench, cleanup, deltaglider):
+    for group in (
+        daemon,
+        events,
+        references,
+        setup,
+        install,
+        uninstall,
+        bench,
+        cleanup,
+        deltaglider,
+    ):
         group.add_commands(commands)
     return parser
 
