@@ -14,7 +14,7 @@ from tests.support.system_manager import SystemManager, require_system_manager
 from tests.support.user_manager import installed_wheel
 from tests.support.wire import eventually
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 CLIENT = """
 import dgcache, json, sys
@@ -42,6 +42,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def manager(programs: Path) -> Iterator[SystemManager]:
     """A system manager with the template in place, and nothing enabled."""
     with SystemManager(readable=[programs.parent]) as running:
+        # the wheel under test is below /tmp, of which services have one of their own
+        place = "/run/systemd/system/service.d"
+        bound = f"[Service]\\nBindReadOnlyPaths={programs.parent}\\n"
+        running.succeed("sh", "-c", f"mkdir {place}; printf '{bound}' > {place}/tests.conf")
         said = running.succeed(programs / "dg-cache", "install", "--system")
         assert "wrote /etc/systemd/system/dg-cached@.service\n" in said
         assert said.splitlines()[-1].startswith("next: systemctl enable --now dg-cached@")
