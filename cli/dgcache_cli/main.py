@@ -58,8 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
         deltaglider,
         doctor,
         events,
+        install,
         references,
         setup,
+        uninstall,
     )
 
     parser = argparse.ArgumentParser(
@@ -72,7 +74,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action=_PrintVersion, nargs=0, help="show the version and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (daemon, doctor, events, references, setup, bench, cleanup, deltaglider):
+    for group in (
+        daemon,
+        doctor,
+        events,
+        references,
+        setup,
+        install,
+        uninstall,
+        bench,
+        cleanup,
+        deltaglider,
+    ):
         group.add_commands(commands)
     return parser
 

@@ -101,7 +101,7 @@ class _Remover(Walker):
             self._result.leave(path, f"it belongs to uid {status.st_uid}", by_rule=True)
             return
         if not self.rules.is_expected(name, status):
-            self._result.leave(path, "it is not a file of DeltaGlider's", by_rule=True)
+            self._result.leave(path, self.rules.otherwise, by_rule=True)
             return
         os.unlink(name, dir_fd=parent)
         self._result.entries += 1

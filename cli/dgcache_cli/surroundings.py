@@ -75,7 +75,7 @@ def _unit(units: Path) -> Iterator[Finding]:
     try:
         text = (units / "dg-cached.service").read_text()
     except OSError:
-        yield Finding(Level.OK, "units", "none installed (dg-cache install --units-only)")
+        yield Finding(Level.OK, "units", "none installed (dg-cache install)")
         return
     line = next((one for one in text.splitlines() if one.startswith("ExecStart=")), "")
     with suppress(ValueError):
@@ -87,7 +87,7 @@ def _unit(units: Path) -> Iterator[Finding]:
             f"start {program or 'nothing'}"
             + ("" if os.access(program, os.X_OK) else ", which is no program"),
             "systemd cannot start the daemon",
-            "dg-cache install --units-only",
+            "dg-cache install",
         )
     enabled = (units / "sockets.target.wants" / "dg-cached.socket").is_symlink()
     yield judged(

@@ -36,12 +36,14 @@ class Rules:
         kept: directories that are not touched wherever they stand.
         is_plaintext: tells from its name whether a file holds what must not be read.
         is_expected: tells from its name and status whether a file may be there.
+        otherwise: why one stays that may not.
     """
 
     bounds: Bounds = Bounds()
     kept: frozenset[Identity] = frozenset()
     is_plaintext: Callable[[str], bool] = lambda _name: False
     is_expected: Callable[[str, os.stat_result], bool] = lambda _name, _status: True
+    otherwise: str = "it is not a file of DeltaGlider's"
 
 
 @dataclass(slots=True)

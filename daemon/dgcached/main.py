@@ -37,7 +37,7 @@ _EPILOG = """\
 examples:
   dg-cached                          serve in the foreground, log to standard error
   DG_CACHE_MEMORY_SIZE_MB=512 dg-cached
-  systemctl --user start dg-cached   under systemd (dg-cache install --units-only)
+  systemctl --user start dg-cached   under systemd (dg-cache install)
   dg-cache start                     in the background
   dg-cache status                    what it does now
 

@@ -147,7 +147,7 @@ def adopt_listeners(handed_over: list[socket.socket], backlog: int) -> Listeners
     if len(handed_over) != 2 or set(by_type) != {socket.SOCK_STREAM, socket.SOCK_SEQPACKET}:
         raise CacheRefusedError(
             "systemd must hand over one stream and one sequential-packet socket: "
-            "run dg-cache install --units-only again"
+            "run dg-cache install again"
         )
     directory = Path(by_type[socket.SOCK_SEQPACKET].getsockname()).parent
     try:

@@ -280,7 +280,7 @@ def test_every_failure_has_its_exit_status_and_one_line(shell: Shell) -> None:
 
 def test_usage_errors_are_argparse_s_and_exit_2(cold: Shell) -> None:
     """Unknown commands, missing words."""
-    for words in ((), ("frobnicate",), ("get",), ("put", "b/p"), ("install",)):
+    for words in ((), ("frobnicate",), ("get",), ("put", "b/p"), ("install", "x")):
         assert b"usage: dg-cache" in cold(*words, status=2).stderr
 
 

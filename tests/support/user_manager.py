@@ -167,6 +167,17 @@ class UserManager:
             check=False,
         )
 
+    def run_as_root(self, argv: Sequence[str]) -> None:
+        """Run a program in the namespace; what it mounts there is gone with it."""
+        done = subprocess.run(
+            [*self._inside(), *argv],
+            pass_fds=[self._namespace_fd],
+            stdin=subprocess.DEVNULL,
+            timeout=_CALL_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, argv
+
     def systemctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `systemctl --user …`, which waits for the job it queues, at most a minute."""
         return self.run(["systemctl", "--user", "--no-pager", *arguments])

@@ -43,9 +43,9 @@ def _text(one: Finding) -> str:
 
 def _all() -> list[Finding]:
     from dgcache_cli.commands.daemon import patient
-    from dgcache_cli.commands.setup import unit_directory
-    from dgcache_cli.findings import findings
+        from dgcache_cli.findings import findings
     from dgcache_cli.surroundings import of_surroundings
+    from dgcache_cli.units import user_directory
 
     client = Settings.resolved()
     found: list[Finding] = []
@@ -68,7 +68,7 @@ def _all() -> list[Finding]:
     found += [
         Finding(Level.WARN, "settings", text) for text in findings(os.environ, client, status)
     ]
-    found += of_surroundings(os.environ, client.settings.socket_dir, unit_directory())
+    found += of_surroundings(os.environ, client.settings.socket_dir, user_directory(os.environ))
     return found
 
 

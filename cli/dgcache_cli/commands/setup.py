@@ -1,11 +1,7 @@
-"""config, install, completion: how dg-cache is set up on this account."""
+"""config, completion: how dg-cache is set up on this account."""
 
 import argparse
 import os
-import shutil
-import sys
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from dgcache import Settings
@@ -13,11 +9,8 @@ from dgcache.cache import connect
 from dgcache_cli import exits
 from dgcache_cli.commands.daemon import patient
 from dgcache_cli.output import print_fields, print_json, print_table
-from dgcache_core.errors import CacheError, CacheUnavailableError, InvalidReferenceError
+from dgcache_core.errors import CacheError
 from dgcache_core.settings import ClientSettings, DaemonSettings, Resolved, as_text, declared
-
-_UNITS = ("dg-cached.socket", "dg-cached.service")
-_PLACEHOLDER = "@DG_CACHED@"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,15 +22,6 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--example", action="store_true", help="print a settings file with every setting, commented"
     )
     config.set_defaults(run=_config)
-
-    install = commands.add_parser("install", help="put the systemd user units in place")
-    install.add_argument(
-        "--units-only",
-        action="store_true",
-        required=True,
-        help="write the units and nothing else: nothing is enabled or started",
-    )
-    install.set_defaults(run=_install)
 
     completion = commands.add_parser("completion", help="print completions for a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -106,67 +90,6 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any] | None:
         return daemon.status()
     finally:
         daemon.close()
-
-
-def _install(_: argparse.Namespace) -> int:
-    program = _daemon_program()
-    directory = unit_directory()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for unit in _UNITS:
-            text = _unit_source(unit).replace(_PLACEHOLDER, str(program).replace("%", "%%"))
-            _write_whole(directory / unit, text)
-            print(f"wrote {directory / unit}")
-    except OSError as error:
-        raise InvalidReferenceError(f"cannot write to {directory}: {error.strerror}") from error
-    if _runs_on_its_own():
-        print(
-            "first: dg-cache stop, since the units cannot serve beside the dg-cached that runs now"
-        )
-    print("next: systemctl --user daemon-reload && systemctl --user enable --now dg-cached.socket")
-    return exits.OK
-
-
-def _runs_on_its_own() -> bool:
-    try:
-        daemon = connect(patient(Settings.from_environment()))
-    except CacheError:
-        return False
-    try:
-        return bool(daemon.status()["supervisor"] != "systemd")
-    finally:
-        daemon.close()
-
-
-def _daemon_program() -> Path:
-    """Return the dg-cached beside this interpreter: the one that belongs to this installation."""
-    beside = Path(sys.executable).with_name("dg-cached")
-    found = str(beside) if beside.exists() else shutil.which("dg-cached")
-    if found is None:
-        raise CacheUnavailableError("dg-cached is not installed beside this dg-cache: reinstall it")
-    return Path(found).absolute()
-
-
-def unit_directory() -> Path:
-    """Return where the user's own units are (systemd.unit(5))."""
-    config = os.environ.get("XDG_CONFIG_HOME", "")
-    base = Path(config) if config.startswith("/") else Path.home() / ".config"
-    return base / "systemd" / "user"
-
-
-def _unit_source(unit: str) -> str:
-    """Read a unit from the wheel, or from the tree in an editable installation."""
-    packaged = files("dgcache_cli") / "units" / unit
-    if packaged.is_file():
-        return packaged.read_text()
-    return (Path(__file__).parents[3] / "systemd" / unit).read_text()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 def _completion(arguments: argparse.Namespace) -> int:

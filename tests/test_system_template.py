@@ -1,0 +1,167 @@
+"""The template in a real system manager: accounts without a manager of their own are served."""
+
+import contextlib
+import json
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.real_users import real_user
+from tests.support.system_manager import SystemManager, require_system_manager
+from tests.support.user_manager import installed_wheel
+from tests.support.wire import eventually
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+CLIENT = """
+import dgcache, json, sys
+data = b"of " + sys.argv[1].encode() * 100_000
+with dgcache.open() as cache:
+    found = cache.has("bucket", "app", sys.argv[2]) if len(sys.argv) > 2 else None
+    digest = cache.put("bucket", "app", data)
+    with cache.get("bucket", "app", digest) as reference:
+        assert reference.read() == data
+    print(json.dumps([cache.backend, digest, found]))
+"""
+PATIENT = {"DG_CACHE_CONNECT_TIMEOUT_MS": "20000"}
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` directory of the installed wheel, one for all workers of a run."""
+    require_system_manager()
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return installed_wheel(shared / "wheel")
+
+
+@pytest.fixture
+def manager(programs: Path) -> Iterator[SystemManager]:
+    """A system manager with the template in place, and nothing enabled."""
+    with SystemManager(readable=[programs.parent]) as running:
+        # the wheel under test is below /tmp, of which services have one of their own
+        place = "/run/systemd/system/service.d"
+        bound = f"[Service]\\nBindReadOnlyPaths={programs.parent}\\n"
+        running.succeed("sh", "-c", f"mkdir {place}; printf '{bound}' > {place}/tests.conf")
+        said = running.succeed(programs / "dg-cache", "install", "--system")
+        assert "wrote /etc/systemd/system/dg-cached@.service\n" in said
+        assert said.splitlines()[-1].startswith("next: systemctl enable --now dg-cached@")
+        yield running
+
+
+@pytest.fixture
+def accounts() -> Iterator[list[pwd.struct_passwd]]:
+    """Two real users."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(real_user()) for _ in range(2)]
+
+
+def use(
+    manager: SystemManager, programs: Path, account: pwd.struct_passwd, *words: str
+) -> tuple[str, str, bool | None]:
+    """Run a client as an account: what served it, the digest, whether it saw another's."""
+    argv = [programs / "python", "-c", CLIENT, account.pw_name, *words]
+    done = manager.run(argv, PATIENT, uid=account.pw_uid, home=account.pw_dir)
+    assert done.returncode == 0, f"{done.stderr}\n{manager.log()}"
+    backend, digest, found = json.loads(done.stdout)
+    return backend, digest, found
+
+
+def test_two_accounts_are_served_at_once_each_by_its_own(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Each has a private directory, a daemon of its own uid, and nothing of the other's."""
+    first, second = accounts
+    for account in accounts:
+        manager.succeed("systemctl", "enable", "--now", f"dg-cached@{account.pw_uid}.service")
+    for account in accounts:
+        place = f"/run/dg-cached/{account.pw_uid}"
+        kept = manager.succeed("stat", "--format=%a %u", place, f"{place}/session.sock")
+        assert kept.split("\n")[:2] == [f"700 {account.pw_uid}", f"600 {account.pw_uid}"]
+        pid = manager.show(f"dg-cached@{account.pw_uid}.service", "MainPID")["MainPID"]
+        status = manager.succeed("cat", f"/proc/{pid}/status")
+        assert f"\nUid:\t{account.pw_uid}\t{account.pw_uid}\t" in status
+    backend, digest, _ = use(manager, programs, first)
+    assert backend == "dg-cached"
+    assert use(manager, programs, second, digest)[::2] == ("dg-cached", False)
+    assert use(manager, programs, first, digest)[::2] == ("dg-cached", True)
+    elsewhere = {"DG_CACHE_SOCKET_DIR": f"/run/dg-cached/{first.pw_uid}"}
+    status_of_first = [programs / "dg-cache", "status"]
+    assert manager.run(status_of_first, elsewhere, uid=second.pw_uid).returncode == 77
+
+
+def test_a_client_before_the_daemon_falls_back_and_the_next_is_served(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Until the daemon took the sockets over they are root's (SO_PEERCRED), and are refused."""
+    account = accounts[0]
+    service = f"dg-cached@{account.pw_uid}.service"
+    manager.succeed("systemctl", "start", f"dg-cached@{account.pw_uid}.socket")
+    assert use(manager, programs, account)[0] == "memory"
+    eventually(lambda: manager.show(service, "ActiveState")["ActiveState"] == "active")
+    assert use(manager, programs, account)[0] == "dg-cached"
+    manager.succeed("systemctl", "stop", service)  # they stay the account's from now on
+    assert use(manager, programs, account)[0] == "dg-cached"
+
+
+def test_an_instance_named_otherwise_than_by_the_uid_is_refused(
+    manager: SystemManager, accounts: list[pwd.struct_passwd]
+) -> None:
+    """No client would find it."""
+    name = accounts[0].pw_name
+    assert manager.run(["systemctl", "start", f"dg-cached@{name}.socket"]).returncode != 0
+    assert f"name the instance by the uid: dg-cached@{accounts[0].pw_uid}" in manager.log()
+
+
+def test_the_disk_tier_is_in_the_system_s_cache_and_a_missing_key_is_no_failure(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Homes are read-only for an instance, and /var/cache has a private directory for each."""
+    uid = accounts[0].pw_uid
+    service = f"dg-cached@{uid}.service"
+    drop_in = "/etc/systemd/system/dg-cached@.service.d"
+    size = "[Service]\\nEnvironment=DG_CACHE_DISK_SIZE_MB=64 DG_CACHE_MEMORY_SIZE_MB=3\\n"
+    manager.succeed("sh", "-c", f"mkdir {drop_in}; printf '{size}' > {drop_in}/disk.conf")
+    manager.succeed("systemctl", "daemon-reload")
+    manager.succeed("systemctl", "start", service)
+    asked = [programs / "dg-cache", "status", "--json"]
+    told = manager.run(asked, PATIENT, uid=uid, home=accounts[0].pw_dir)
+    disk = json.loads(told.stdout)["disk"]
+    assert disk["enabled"]
+    assert disk["directory"].startswith(f"/var/cache/dg-cached/{uid}/")
+
+
+def test_uninstall_stops_every_instance_and_leaves_nothing(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Also of those that are enabled; caches go with --purge."""
+    for account in accounts:
+        manager.succeed("systemctl", "enable", "--now", f"dg-cached@{account.pw_uid}.service")
+    said = manager.succeed(programs / "dg-cache", "uninstall", "--system", "--purge")
+    assert f"stopped dg-cached@{accounts[0].pw_uid}.socket\n" in said
+    left = manager.succeed("find", "/etc/systemd/system", "/run", "-name", "*dg*cached*")
+    assert left.split() in ([], ["/run/dg-cached"])
+    assert manager.succeed("find", "/var/cache").split() == ["/var/cache"]
+    assert manager.succeed("systemctl", "list-units", "--all", "--no-legend", "dg-cached@*") == ""
+
+
+def test_systemd_finds_nothing_to_say_about_the_template(
+    manager: SystemManager, accounts: list[pwd.struct_passwd]
+) -> None:
+    """No unknown key, no missing program, no ordering cycle."""
+    place = "/etc/systemd/system"
+    units = [f"{place}/dg-cached@.socket", f"{place}/dg-cached@.service"]
+    verified = manager.run(["systemd-analyze", "verify", "--man=no", *units])
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_only_root_places_the_template(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """The refusal names the command."""
+    argv = [programs / "dg-cache", "install", "--system"]
+    refused = manager.run(argv, uid=accounts[0].pw_uid, home=accounts[0].pw_dir)
+    assert (refused.returncode, "with sudo" in refused.stderr) == (77, True)
