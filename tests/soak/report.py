@@ -77,8 +77,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "daemon_lives": outcome.steady_lives + outcome.mortal_lives,
         "faults": dict(outcome.faults),
         "not_done": dict(outcome.not_done),
-        "before": asdict(outcome.before),
-        "after": asdict(outcome.after),
+        "rests": [asdict(one) for one in outcome.rests],
         "files_searched": outcome.files_searched,
         "failures": tally.failures,
         "complaints": outcome.complaints,
@@ -107,6 +106,7 @@ def show(outcome: Outcome, *, json: bool) -> None:
             ("not done", _counts(outcome.not_done) or "none"),
             ("files searched", str(outcome.files_searched)),
             ("threads at rest", f"{before.threads} → {after.threads}"),
+            ("memory at rests", " → ".join(str(one.memory_kib) for one in outcome.rests) + " KiB"),
             ("program pages", f"{before.file_kib} → {after.file_kib} KiB"),
         ]
     )

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from tests.support.memory_group import MemoryGroup, memory_group
 
 GROUP_BYTES = 360 << 20
 STEADY_MB, MORTAL_MB = 24, 16
+_QUARTERS = 4
 _HARMLESS_WHILE_WARMING = [kind for kind in KINDS if kind != "kill-daemon"]
 
 Progress = Callable[[str], None]
@@ -39,13 +40,23 @@ class Outcome:
     tally: Tally
     faults: Mapping[str, int]
     not_done: Mapping[str, int]
-    before: AtRest
-    after: AtRest
+    rests: Sequence[AtRest]
+    """Before, and after each quarter."""
     steady_lives: int
     mortal_lives: int
     complaints: list[str]
     plaintext: list[str]
     files_searched: int
+
+    @property
+    def before(self) -> AtRest:
+        """The measurement behind the warm-up."""
+        return self.rests[0]
+
+    @property
+    def after(self) -> AtRest:
+        """The last measurement."""
+        return self.rests[-1]
 
 
 def soak(
@@ -74,10 +85,21 @@ def soak(
             steady = world.steady.daemon
             assert steady is not None
             injector = Injector(world)
-            _work(world, Injector(world), seed - 1, warm_up_seconds, tally, say, "warming up")
-            before = at_rest(steady.directory, steady.pid)
-            _work(world, injector, seed, seconds, tally, say, "soaking")
-            after = at_rest(steady.directory, steady.pid)
+            _work(
+                world,
+                Injector(world),
+                seed * _QUARTERS - 1,
+                warm_up_seconds,
+                tally,
+                say,
+                "warming up",
+            )
+            rests = [at_rest(steady.directory, steady.pid)]
+            for quarter in range(_QUARTERS):
+                what = f"soaking, part {quarter + 1} of {_QUARTERS}"
+                part = seed * _QUARTERS + quarter
+                _work(world, injector, part, seconds / _QUARTERS, tally, say, what)
+                rests.append(at_rest(steady.directory, steady.pid))
             say("searching the disks")
             # while the tiers are full or were emptied just now, and once more when all has ended
             found, searched = leftovers(truth, [Path(base)], since)
@@ -89,8 +111,7 @@ def soak(
         tally=tally,
         faults=injector.done,
         not_done=injector.not_done,
-        before=before,
-        after=after,
+        rests=rests,
         steady_lives=world.steady.lives,
         mortal_lives=world.mortal.lives,
         complaints=[*world.steady.complaints, *world.mortal.complaints],
