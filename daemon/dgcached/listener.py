@@ -5,8 +5,8 @@ be lost. Each direction buffers at most `relay_buffer_bytes` and then pauses its
 reader that never reads stops its own writer and nobody else.
 
 gRPC greets whoever it accepts. After some errors of accept(2), ENOMEM for one, it accepts nobody
-ever again and says so in the log alone; so a relay that ends ungreeted makes the listener look, and
-`give_up` ends a daemon that would live on and serve nobody.
+ever again and says so in the log alone; so a relay that stays or ends ungreeted makes the listener
+look, and `give_up` ends a daemon that would live on and serve nobody.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class Listener:
         return inner
 
     def _suspect(self) -> None:
-        """A relay ended before gRPC said anything on it: see whether it does on another."""
+        """gRPC said nothing on a relay: see whether it does on another."""
         if self._look is None or self._look.done():
             self._look = asyncio.ensure_future(self._require_greetings())
 
@@ -221,6 +221,8 @@ class _Outer(_End):
         super().data_received(data)
 
     def _end_if_silent(self) -> None:
+        if self._inner is not None and not self._inner.greeted:
+            self._listener._suspect()
         if not self._spoke:
             self.end()
 
