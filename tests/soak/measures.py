@@ -57,13 +57,19 @@ def _measured(pid: int) -> AtRest:
     )
 
 
-def leftovers(truth: Truth, places: Iterable[Path], since: float) -> tuple[list[str], int]:
+def leftovers(
+    truth: Truth,
+    places: Iterable[Path],
+    since: float,
+    public: Iterable[Path] = PUBLIC_PLACES,
+) -> tuple[list[str], int]:
     """Search files for samples of every reference.
 
     Args:
         truth: whose references.
-        places: ours, which are searched wholly; of the public ones what changed since then.
+        places: ours, which are searched wholly.
         since: time.time() of the start.
+        public: places of everybody, of which only what changed since then is searched.
 
     Returns:
         What was found, a line each, and how many files were searched.
@@ -72,7 +78,7 @@ def leftovers(truth: Truth, places: Iterable[Path], since: float) -> tuple[list[
     found, searched = [], 0
     for place, everything in [
         *((one, True) for one in places),
-        *((p, False) for p in PUBLIC_PLACES),
+        *((p, False) for p in public),
     ]:
         for path in _files(place):
             with suppress(OSError):

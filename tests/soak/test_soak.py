@@ -62,10 +62,10 @@ def test_what_is_left_of_a_reference_in_a_file_is_found(tmp_path: Path) -> None:
     for number, before in enumerate((0, 1, 4 * MIB - BLOCK_BYTES + 10, 4 * MIB - 5)):
         file = tmp_path / str(number)
         file.write_bytes(bytes(before) + part)
-        found, _ = leftovers(truth, [tmp_path], since)
+        found, _ = leftovers(truth, [tmp_path], since, public=())
         assert set(found) == {f"{file}: reference 9"}
         file.unlink()
-    assert leftovers(truth, [tmp_path], since)[0] == []
+    assert leftovers(truth, [tmp_path], since, public=())[0] == []
 
 
 def test_a_wrong_byte_is_counted_as_wrong_and_failed() -> None:
