@@ -5,11 +5,12 @@
 
 PYTHON ?= python3
 SIZE   ?= 100
+MINUTES ?= 15
 
 PIP := -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint proto environments constraints audit python xdelta3 clean
+.PHONY: help demo bench test soak faults lint proto environments constraints audit python xdelta3 clean
 
 # Another Python, or a clone that was moved, makes the environments anew.
 IDENTITY := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (sys.version_info[0], sys.version_info[1], zlib.crc32((sys.executable + "$(CURDIR)").encode()) & 0xffffffff))' 2>/dev/null)
@@ -21,6 +22,8 @@ help:
 	@echo "make demo [SIZE=100]   DeltaGlider with and without dg-cached, on five archives of SIZE MB"
 	@echo "make bench [QUICK=1]   measure what docs/performance.md and implementations.md say"
 	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
+	@echo "make soak [MINUTES=15] clients, faults, and every byte compared; needs root"
+	@echo "make faults            each system call of a store fails once; needs root, strace"
 	@echo "make lint              ruff and mypy"
 	@echo "make proto             generate the stubs from proto/"
 	@echo "make constraints       resolve the pinned versions and their hashes in constraints/ anew"
@@ -37,6 +40,12 @@ bench: environments xdelta3
 
 test: environments xdelta3
 	@.venv/bin/python -m pytest -n auto $(ARGS)
+
+soak: environments
+	@.venv/bin/python -m tests.soak --minutes $(MINUTES) $(ARGS)
+
+faults: environments
+	@.venv/bin/python -m tests.soak.walk $(ARGS)
 
 lint: $(PROJECT)
 	.venv/bin/ruff check .

@@ -3,12 +3,17 @@
 Both transports are paused from the start and resumed when both ends stand, or the first bytes would
 be lost. Each direction buffers at most `relay_buffer_bytes` and then pauses its source, so that a
 reader that never reads stops its own writer and nobody else.
+
+gRPC greets whoever it accepts. After some errors of accept(2), ENOMEM for one, it accepts nobody
+ever again and says so in the log alone; so a relay that stays or ends ungreeted makes the listener
+look, and `give_up` ends a daemon that would live on and serve nobody.
 """
 
 import asyncio
 import logging
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
@@ -18,18 +23,29 @@ from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.registry import Registry, identify
 
+_GREETINGS_AWAITED = 3
+"""Looks, one after another, before the inner server counts as deaf."""
+
 
 class Listener:
     """Serves rpc.sock until it is closed."""
 
     def __init__(
-        self, listening: socket.socket, inner_path: str, registry: Registry, limits: Limits
+        self,
+        listening: socket.socket,
+        inner_path: str,
+        registry: Registry,
+        limits: Limits,
+        *,
+        give_up: Callable[[str], None],
     ) -> None:
         self._listening = listening
         self._inner_path = inner_path
         self._registry = registry
         self._limits = limits
+        self._give_up = give_up
         self._server: asyncio.Server | None = None
+        self._look: asyncio.Task[None] | None = None
         self._open: set[_Outer] = set()
         self._all_closed = asyncio.Event()
 
@@ -59,6 +75,8 @@ class Listener:
         The inner server has closed its ends by now, so a relay ends by itself behind the last byte.
         `stop_accepting` comes first.
         """
+        if self._look is not None:
+            self._look.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.flush_seconds):
                 while self._open:
@@ -95,6 +113,30 @@ class Listener:
         self._registry.add_connection(inner.name, peer)
         self._open.add(outer)
         return inner
+
+    def _suspect(self) -> None:
+        """gRPC said nothing on a relay: see whether it does on another."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.ensure_future(self._require_greetings())
+
+    async def _require_greetings(self) -> None:
+        for _ in range(_GREETINGS_AWAITED):
+            if await self._is_greeted():
+                return
+        self._give_up("the inner server accepts nobody any more")
+
+    async def _is_greeted(self) -> bool:
+        """Connect to the inner server, past the registry, and wait for its first byte."""
+        seconds = self._limits.handshake_seconds
+        try:
+            inner = self._connect_inner(secrets.token_hex(16))
+        except OSError:  # its backlog is full: it may only be busy
+            await asyncio.sleep(seconds)
+            return False
+        with inner, suppress(OSError, TimeoutError):
+            async with asyncio.timeout(seconds):
+                return bool(await asyncio.get_running_loop().sock_recv(inner, 1))
+        return False
 
     def _connect_inner(self, name: str) -> socket.socket:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -149,7 +191,10 @@ class _Outer(_End):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._listener._limits.relay_buffer_bytes)
-        self._inner = self._listener._admit(self, transport.get_extra_info("socket"))
+        try:
+            self._inner = self._listener._admit(self, transport.get_extra_info("socket"))
+        except OSError as error:  # the kernel does not tell who it is: nobody, then
+            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
         if self._inner is None:
             self.transport.abort()
             return
@@ -176,6 +221,8 @@ class _Outer(_End):
         super().data_received(data)
 
     def _end_if_silent(self) -> None:
+        if self._inner is not None and not self._inner.greeted:
+            self._listener._suspect()
         if not self._spoke:
             self.end()
 
@@ -189,6 +236,8 @@ class _Outer(_End):
         if inner is None:
             return
         self._listener._registry.remove_connection(inner.name)
+        if not inner.greeted:
+            self._listener._suspect()
         if self._joining is not None and not self._joining.done() and inner.other is None:
             self._joining.cancel()
         if inner.other is not None:
@@ -202,9 +251,14 @@ class _Inner(_End):
     def __init__(self, outer: _Outer, name: str) -> None:
         self._outer = outer
         self.name = name
+        self.greeted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._outer._listener._limits.relay_buffer_bytes)
+
+    def data_received(self, data: bytes) -> None:
+        self.greeted = True
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._outer.end()

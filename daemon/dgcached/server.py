@@ -152,7 +152,9 @@ class Daemon:
         self._listeners.make_inner_directory()
         inner_path = self._listeners.path_of(INNER_SOCKET)
         server, health = await self._start_inner(inner_path)
-        listener = Listener(self._listeners.rpc, inner_path, self._registry, self._limits)
+        listener = Listener(
+            self._listeners.rpc, inner_path, self._registry, self._limits, give_up=self._give_up
+        )
         sessions = SessionListener(
             self._listeners.session,
             self._registry,

@@ -117,7 +117,11 @@ class SessionListener:
             self._resume = self._loop.call_later(1, self.start)
             return
         connection.setblocking(False)
-        session = self._admit(connection)
+        session = None
+        try:
+            session = self._admit(connection)
+        except OSError as error:  # the kernel does not tell who it is: nobody, then
+            event(logging.ERROR, "accept-failed", socket="session", reason=error.strerror)
         if session is None:
             connection.close()
 

@@ -19,7 +19,7 @@ import grpc
 import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from tests.support.disk_daemon import Home, fill, found, lines, reference
+from tests.support.disk_daemon import LOCK_READS_ONLY, Home, fill, found, lines, reference
 from tests.support.wire import Client, eventually, sha256
 
 
@@ -208,22 +208,6 @@ def test_an_idle_daemon_removes_what_has_expired(home: Home) -> None:
 
 # -- a disk in trouble -----------------------------------------------------------------------------
 
-# remounting is refused while a descriptor is open for writing; a disk that fails asks nobody
-_LOCK_READS_ONLY = """
-import os, sys
-from dgcache_core.disk_files import TierDirectory
-lock = TierDirectory._lock
-def reading(self):
-    writing = lock(self)
-    descriptor = os.open(f"/proc/self/fd/{writing}", os.O_RDONLY | os.O_CLOEXEC)
-    os.close(writing)
-    return descriptor
-TierDirectory._lock = reading
-program = sys.argv[3]  # behind the interpreter and its -c
-sys.argv = ["-c", *sys.argv[4:]]
-exec(program)
-"""
-
 
 @pytest.fixture
 def small_disk(short_directory: Path) -> Iterator[Home]:
@@ -266,7 +250,7 @@ def test_a_disk_in_trouble_is_one_alarm_and_memory_goes_on(
     home = small_disk
     with (
         home.daemon(
-            prefix=(sys.executable, "-c", _LOCK_READS_ONLY), limits={"audit_seconds": 0.2}
+            prefix=(sys.executable, "-c", LOCK_READS_ONLY), limits={"audit_seconds": 0.2}
         ) as daemon,
         Client(daemon.directory) as client,
     ):

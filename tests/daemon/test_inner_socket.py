@@ -1,6 +1,9 @@
 """inner.sock, where gRPC itself listens: only the daemon's own relays are served there."""
 
 import os
+import shutil
+import signal
+import socket
 from pathlib import Path
 
 import grpc
@@ -9,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.soak.walk import Step, refusing
 from tests.support.wire import (
     FOREIGN_UID,
     OWNER_UID,
@@ -172,3 +176,32 @@ def test_another_user_with_the_name_of_a_living_relay_is_refused(short_directory
                 if said.startswith("no user namespace"):
                     pytest.skip("an ordinary user gets no namespaces here")
                 assert not said.startswith("served"), said
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which refuses the call")
+def test_a_daemon_whose_grpc_accepts_nobody_any_more_ends(short_directory: Path) -> None:
+    """gRPC stops accepting for good at ENOMEM; what would serve nobody exits with status 72."""
+    with running(limits={"handshake_seconds": 0.5}) as daemon:
+        with refusing(daemon.pid, Step("accept4", "ENOMEM", 1), short_directory / "trace"):
+            with pytest.raises(grpc.RpcError), Client(daemon.directory, session=False) as client:
+                client.stub.Status(pb.StatusRequest(), timeout=2)
+            assert daemon.process.wait(SECONDS) == 72
+        assert "giving-up" in daemon.logged()
+
+
+@pytest.mark.root
+def test_connections_that_end_at_once_end_nothing(daemon: Daemon) -> None:
+    """Many that leave before gRPC could greet them, and a while in which nothing runs."""
+    for number in range(90):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as passing:
+            passing.settimeout(SECONDS)
+            passing.connect(str(daemon.directory / "rpc.sock"))
+        if number % 30 == 15:
+            daemon.process.send_signal(signal.SIGSTOP)
+        if number % 30 == 29:
+            daemon.process.send_signal(signal.SIGCONT)
+    with Client(daemon.directory) as client:
+        eventually(lambda: client.status().connections == 1)
+    assert daemon.process.poll() is None
+    assert "giving-up" not in daemon.logged()

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from tests.support.memory_group import MemoryGroup, memory_group
+from tests.support.memory_group import Hog, MemoryGroup, memory_group
 from tests.support.wire import (
     MIB,
     SECONDS,
@@ -22,7 +22,6 @@ from tests.support.wire import (
     own_environment,
     refused,
     running,
-    script_running,
     trailing,
 )
 
@@ -37,35 +36,6 @@ GROUP_BYTES = 320 * MIB
 BUDGET_MIB = 128
 ENTRY_BYTES = 8 * MIB
 ENTRIES = 14
-
-HOG = """
-held = []
-for line in sys.stdin:
-    held.append(bytearray(b"x") * int(line))
-    print(len(held), flush=True)
-"""
-
-
-class Hog:
-    """A process in the group that takes what it is told to."""
-
-    def __init__(self, group: MemoryGroup) -> None:
-        self._group = group
-        self.taken_bytes = 0
-
-    @contextmanager
-    def running(self) -> "Iterator[Hog]":
-        join = f"open({str(self._group.path / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        with script_running(None, join + HOG) as self._process:
-            yield self
-
-    def take(self, size: int) -> None:
-        """Take so many bytes more, and return when they are there."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(size, file=self._process.stdin, flush=True)
-        assert self._process.stdout.readline(), "the hog was killed"
-        self.taken_bytes += size
 
 
 @pytest.fixture
@@ -93,12 +63,6 @@ def filled(client: Client) -> list[bytes]:
     return [client.store(os.urandom(ENTRY_BYTES), space(number)) for number in range(ENTRIES)]
 
 
-def fill_up(hog: Hog, group: MemoryGroup) -> None:
-    """Leave less than is held in reserve, and enough for what the daemon does meanwhile."""
-    while group.used_bytes() < GROUP_BYTES * 15 // 16:
-        hog.take(4 * MIB)
-
-
 def squeeze(hog: Hog, group: MemoryGroup, client: Client) -> None:
     """Take the group's memory a piece at a time until the cache is at its floor."""
 
@@ -109,8 +73,8 @@ def squeeze(hog: Hog, group: MemoryGroup, client: Client) -> None:
     while client.status().pressure.limit_bytes > 32 * MIB:
         eventually(partial(lambda seen: shrinks() > seen, before))
         before = shrinks()
-        fill_up(hog, group)
-    fill_up(hog, group)  # so that it stays there
+        hog.fill_up(GROUP_BYTES)
+    hog.fill_up(GROUP_BYTES)  # so that it stays there
 
 
 def said_by_status(daemon: Daemon) -> str:

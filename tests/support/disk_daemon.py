@@ -23,6 +23,23 @@ MEMORY_MB = 1
 NEVER = 3600.0
 """Seconds to the next audit of everything, where only notices may tell."""
 
+LOCK_READS_ONLY = """
+import os, sys
+from dgcache_core.disk_files import TierDirectory
+lock = TierDirectory._lock
+def reading(self):
+    writing = lock(self)
+    descriptor = os.open(f"/proc/self/fd/{writing}", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(writing)
+    return descriptor
+TierDirectory._lock = reading
+program = sys.argv[3]  # behind the interpreter and its -c
+sys.argv = ["-c", *sys.argv[4:]]
+exec(program)
+"""
+"""What starts a daemon whose file system may become read-only: remounting is refused while a
+descriptor is open for writing, and a disk that fails asks nobody."""
+
 Event = tuple[str, str]
 
 
@@ -52,6 +69,7 @@ class Home:
         sockets: Path | None = None,
         prefix: tuple[str, ...] = (),
         more: tuple[str, ...] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> Iterator[Daemon]:
         """Run a daemon there until the block ends."""
         options = (
@@ -65,6 +83,7 @@ class Home:
             options=options,
             limits={"audit_seconds": NEVER, **(limits or {})},
             prefix=prefix,
+            environ=environ,
         ) as daemon:
             yield daemon
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.wire import script_running
+
 _TOP = Path("/sys/fs/cgroup")
 
 
@@ -39,6 +41,42 @@ class MemoryGroup:
         """Return how many processes the kernel killed in it for want of memory."""
         counts = dict(line.split() for line in self.kills_file.read_text().splitlines())
         return int(counts["oom_kill"])
+
+
+_HOG = """
+held = []
+for line in sys.stdin:
+    held.append(bytearray(b"x") * int(line))
+    print(len(held), flush=True)
+"""
+
+
+class Hog:
+    """A process in the group that takes what it is told to."""
+
+    def __init__(self, group: MemoryGroup) -> None:
+        self._group = group
+        self.taken_bytes = 0
+
+    @contextlib.contextmanager
+    def running(self) -> "Iterator[Hog]":
+        die_first = "open('/proc/self/oom_score_adj', 'w').write('1000')\n"
+        join = f"open({str(self._group.path / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        with script_running(None, die_first + join + _HOG) as self._process:
+            yield self
+
+    def take(self, size: int) -> None:
+        """Take so many bytes more, and return when they are there."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(size, file=self._process.stdin, flush=True)
+        assert self._process.stdout.readline(), "the hog was killed"
+        self.taken_bytes += size
+
+    def fill_up(self, group_bytes: int) -> None:
+        """Leave less than is held in reserve, and enough for what the daemon does meanwhile."""
+        while self._group.used_bytes() < group_bytes * 15 // 16:
+            self.take(4 << 20)
 
 
 @contextlib.contextmanager
