@@ -68,6 +68,9 @@ def main(target: str, options: list[str]) -> None:
     """Search until libFuzzer's options end it; does not return."""
     with atheris.instrument_imports(include=_INSTRUMENTED):
         module = import_module(f"tests.fuzz.{target}")
+        from .live import landmarks
+    for one in landmarks():
+        atheris.instrument_func(one)
     crashes = HERE / "crashes" / target
     crashes.mkdir(parents=True, exist_ok=True)
     atheris.Setup(
