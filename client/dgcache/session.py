@@ -109,7 +109,7 @@ class Session:
         descriptors = _descriptors(ancillary)
         complete = len(descriptors) == 1 and not flags & socket.MSG_CTRUNC
         try:
-            if packet and not complete or len(self._unclaimed) >= _MOST_UNCLAIMED:
+            if (packet and not complete) or len(self._unclaimed) >= _MOST_UNCLAIMED:
                 raise CacheUnavailableError("a descriptor was lost on the way")
             request_id = _announced(packet)
             if request_id in self._unclaimed:

@@ -29,13 +29,18 @@ WORDS = [
     *(b"=", b" = ", b"\n", b".", b",", b"[", b"]", b"{", b"}", b"#", b" ", b"\r\n", b'"', b"\\"),
     *("é".encode(), b"\xff", b"\0", b"\xef\xbb\xbf", b"{a=1}", b"[1,[2]]", b"a.b.c=1\n"),
 ]
+SECTIONS = [b"client", b"daemon", b"limits", b"client.x", b"[daemon]", b"other"]
+KEYS = [*(name.encode() for name in NAMES), b"limits", b"a.b", b'""', b"encryption_key"]
+VALUES = [word for word in WORDS if word[-1:].isalnum() or word.startswith((b'"/', b'"~', b'"m'))]
+VALUES += [b"0b", b"9", b'"', b"1e999", b"-0.0", b"1_000"]
+LENGTHS = (1, 8, 64, 1024, 4299, 4301, 20_000)
 
 
 def run(data: bytes) -> None:
     """Hold the invariant for one input."""
     choices = Choices(data)
-    is_users, is_made = choices.below(2), choices.below(2)
-    content = _made_of_words(choices) if is_made else choices.rest()
+    is_users = choices.below(2)
+    content = choices.of((Choices.rest, _made_of_words, _made_of_assignments))(choices)
     system_file, users_file = lasting(_files)
     for path in (system_file, users_file):
         path.write_bytes(content if (path == users_file) == bool(is_users) else b"")
@@ -73,6 +78,29 @@ def _made_of_words(choices: Choices) -> bytes:
         else:
             words.append(WORDS[which % len(WORDS)])
     return b"".join(words)[:70_000]
+
+
+def _made_of_assignments(choices: Choices) -> bytes:
+    """Return what parses, so that the checks behind the parser are reached."""
+    lines = []
+    while choices:
+        if choices.below(4) == 3:
+            lines.append(b"[" + choices.of(SECTIONS) + b"]")
+        else:
+            lines.append(choices.of(KEYS) + b"=" + _made_value(choices))
+    return b"\n".join(lines)[:70_000]
+
+
+def _made_value(choices: Choices) -> bytes:
+    value = choices.of(VALUES)
+    if value in (b"0x", b"0b"):
+        value += b"1" * choices.of(LENGTHS)
+    elif value == b"9":
+        value *= choices.of(LENGTHS)
+    elif value == b'"':
+        value = b'"/' + choices.take(choices.below(8)).hex().encode() * choices.of(LENGTHS) + b'"'
+    around = choices.below(8)
+    return (value, b"[" + value + b"]", b"{a=" + value + b"}")[max(0, around - 5)]
 
 
 @contextmanager
