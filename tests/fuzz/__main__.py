@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,14 +132,10 @@ def _searching(target: str, base: Path, options: list[str]) -> Iterator["subproc
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def _keep(target: str, found: Path, merged: Path) -> None:
@@ -147,6 +143,7 @@ def _keep(target: str, found: Path, merged: Path) -> None:
     merged.mkdir()
     chosen = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.search", target, "-merge=1", str(merged), str(found)],
+        env={**os.environ, "TMPDIR": str(merged.parent / "t")},
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,

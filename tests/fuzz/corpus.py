@@ -1,4 +1,7 @@
-"""Inputs that are kept: a small corpus of each target, and every crash for ever."""
+"""Inputs that are kept: seeds by hand, a small corpus of each target, and every crash for ever.
+
+A search replaces the corpus by what reaches more, and leaves the others alone.
+"""
 
 import hashlib
 import shutil
@@ -11,8 +14,13 @@ CORPUS_BYTES = 32 << 10
 
 
 def corpus_of(target: str) -> list[Path]:
-    """Return the committed inputs of a target."""
+    """Return what a search has left."""
     return _files(HERE / "corpus" / target)
+
+
+def seeds_of(target: str) -> list[Path]:
+    """Return what somebody thought of."""
+    return _files(HERE / "seeds" / target)
 
 
 def crashes_of(target: str) -> list[Path]:
@@ -23,7 +31,7 @@ def crashes_of(target: str) -> list[Path]:
 def seed(target: str, directory: Path) -> None:
     """Copy all of it to where a search begins."""
     directory.mkdir()
-    for path in (*corpus_of(target), *crashes_of(target)):
+    for path in (*seeds_of(target), *corpus_of(target), *crashes_of(target)):
         shutil.copy(path, directory / path.name)
 
 

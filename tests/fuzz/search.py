@@ -57,9 +57,8 @@ def _restartable(target: str) -> str:
     """Return a program that libFuzzer can start again as itself, for a merge."""
     name = hashlib.sha256(f"{sys.executable}{_REPOSITORY}{target}".encode()).hexdigest()[:16]
     path = Path(os.environ.get("TMPDIR", "/tmp"), f"dgf-{os.getpid()}-{name}")
-    path.write_text(
-        f'#!/bin/sh\ncd "{_REPOSITORY}" && exec "{sys.executable}" -m tests.fuzz.search {target} "$@"\n'
-    )
+    again = f'exec "{sys.executable}" -m tests.fuzz.search {target} "$@"'
+    path.write_text(f'#!/bin/sh\ncd "{_REPOSITORY}" && {again}\n')
     path.chmod(0o700)
     return str(path)
 
