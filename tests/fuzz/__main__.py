@@ -7,11 +7,11 @@ this one starts it again after a crash of the interpreter, shows how it goes, an
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -72,7 +72,8 @@ def search_for(outcome: Outcome, seconds: float) -> None:
     """Search one target, again after each crash, and keep what is new in the corpus."""
     known = set(crashes_of(outcome.target))
     print(f"{outcome.target}: {seconds / 60:g} minutes", flush=True)
-    with tempfile.TemporaryDirectory(prefix="dgf-") as base:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="dgf-", dir=memory) as base:
         corpus = Path(base, "corpus")
         seed(outcome.target, corpus)
         begun = time.monotonic()
@@ -134,24 +135,29 @@ def _searching(target: str, base: Path, options: list[str]) -> Iterator["subproc
                 process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_SECONDS)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end_group(process.pid)
+
+
+def _end_group(group: int) -> None:
+    """Kill what is left, and wait until it is gone: a daemon puts its sockets back until then."""
+    deadline, pause = time.monotonic() + _GRACE_SECONDS, threading.Event()
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, signal.SIGKILL)
+            pause.wait(0.01)
 
 
 def _keep(target: str, found: Path, merged: Path) -> None:
     """Let libFuzzer choose the inputs that together reach everything, and keep the smallest."""
     merged.mkdir()
-    chosen = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.search", target, "-merge=1", str(merged), str(found)],
-        env={**os.environ, "TMPDIR": str(merged.parent / "t")},
-        capture_output=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    source = merged if chosen.returncode == 0 and any(merged.iterdir()) else found
+    options = ["-merge=1", str(merged), str(found)]
+    with _searching(target, merged.parent, options) as process:
+        assert process.stdout is not None
+        for _ in process.stdout:
+            pass
+        process.wait()
+    source = merged if process.returncode == 0 and any(merged.iterdir()) else found
     print(f"  corpus: {keep_smallest(target, source)}", flush=True)
-    shutil.rmtree(merged)
 
 
 if __name__ == "__main__":

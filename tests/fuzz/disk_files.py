@@ -172,8 +172,7 @@ def _empty(directory: Path) -> None:
 
 @contextmanager
 def _world() -> Iterator[World]:
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="dgf-", dir=memory) as base:
+    with tempfile.TemporaryDirectory(prefix="dgf-") as base:
         tier = Tier(Path(base).resolve() / "tier")
         strange = _kept(tier, OTHER_TIER_KEY)
         strange += _kept(tier, TIER_KEY)
@@ -190,11 +189,12 @@ def _world() -> Iterator[World]:
 
 
 def _kept(tier: Tier, key: bytes, *, anew: bool = True) -> list[tuple[str, bytes]]:
-    """Return the files of a tier that kept everything there is."""
+    """Return the files of a tier that kept everything there is, the largest last."""
     if anew and tier.path.exists():
         _empty(tier.path)
     store = tier.open(key)
     for data in KEPT.values():
         tier.keep(store, data)
     tier.close()
-    return [(str(path.relative_to(tier.path)), path.read_bytes()) for path in tier.files()]
+    files = [(str(path.relative_to(tier.path)), path.read_bytes()) for path in tier.files()]
+    return sorted(files, key=lambda file: len(file[1]))  # their names are other ones at every run

@@ -29,7 +29,13 @@ from .worlds import lasting
 SERVICE = pb.DESCRIPTOR.services_by_name["ReferenceCache"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-METHODS = [*SERVICE.methods, *HEALTH.methods, *REFLECTION.methods]
+OF_HEALTH = ("Check", "Watch")
+"""A newer grpcio-health-checking has List as well, which its own servicer leaves unimplemented."""
+METHODS = [
+    *SERVICE.methods,
+    *(HEALTH.methods_by_name[name] for name in OF_HEALTH),
+    *REFLECTION.methods,
+]
 
 DOCUMENTED = {
     *(StatusCode.OK, StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED),
