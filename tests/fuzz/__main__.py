@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import TARGETS
-from .corpus import crashes_of, keep_smallest, seed
+from .corpus import crashes_of, keep_some, seed
 
 _PULSE = re.compile(r"^#(\d+)\s.*?cov: (\d+).*?exec/s: (\d+)")
 _SHOW_EVERY_SECONDS = 30.0
@@ -148,7 +148,7 @@ def _end_group(group: int) -> None:
 
 
 def _keep(target: str, found: Path, merged: Path) -> None:
-    """Let libFuzzer choose the inputs that together reach everything, and keep the smallest."""
+    """Let libFuzzer choose the inputs that together reach everything, and keep some."""
     merged.mkdir()
     options = ["-merge=1", str(merged), str(found)]
     with _searching(target, merged.parent, options) as process:
@@ -157,7 +157,7 @@ def _keep(target: str, found: Path, merged: Path) -> None:
             pass
         process.wait()
     source = merged if process.returncode == 0 and any(merged.iterdir()) else found
-    print(f"  corpus: {keep_smallest(target, source)}", flush=True)
+    print(f"  corpus: {keep_some(target, source)}", flush=True)
 
 
 if __name__ == "__main__":
