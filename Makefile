@@ -1,34 +1,37 @@
 # Everything here works on a fresh clone: Python 3.11 or newer, make, git, and a package registry.
-# Two environments, because DeltaGlider 6.2.0 pins cryptography<45 and dg-cached is faster on 50:
+# Two environments, since DeltaGlider 6.2.0 pins cryptography<45 and dg-cached is faster on 50:
 #   .venv               the project, editable, and its tools; the daemon of demo and tests runs here
 #   .venv-deltaglider   what a user of DeltaGlider has: deltaglider==6.2.0 and the same clone
+# and a third for `make fuzz` alone:
+#   .venv-fuzz          the project and atheris, which has wheels for Python 3.11 to 3.13 on x86-64
 
 PYTHON ?= python3
 SIZE   ?= 100
-MINUTES ?= 15
 
 PIP := -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test soak faults lint proto environments constraints audit python xdelta3 clean
+.PHONY: help demo bench test fuzz soak faults lint proto environments constraints audit python python-of-atheris xdelta3 clean
 
 # Another Python, or a clone that was moved, makes the environments anew.
 IDENTITY := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (sys.version_info[0], sys.version_info[1], zlib.crc32((sys.executable + "$(CURDIR)").encode()) & 0xffffffff))' 2>/dev/null)
 
 PROJECT     := .venv/ready-$(IDENTITY)
 DELTAGLIDER := .venv-deltaglider/ready-$(IDENTITY)
+FUZZ        := .venv-fuzz/ready-$(IDENTITY)
 
 help:
 	@echo "make demo [SIZE=100]   DeltaGlider with and without dg-cached, on five archives of SIZE MB"
 	@echo "make bench [QUICK=1]   measure what docs/performance.md and implementations.md say"
 	@echo "make test [ARGS=...]   all tests; ARGS go to pytest"
+	@echo "make fuzz [MINUTES=10] [TARGET=...]   fuzz every target, or one, for so long each"
 	@echo "make soak [MINUTES=15] clients, faults, and every byte compared; needs root"
 	@echo "make faults            each system call of a store fails once; needs root, strace"
 	@echo "make lint              ruff and mypy"
 	@echo "make proto             generate the stubs from proto/"
 	@echo "make constraints       resolve the pinned versions and their hashes in constraints/ anew"
 	@echo "make audit             look the pinned versions up in the database of known vulnerabilities"
-	@echo "make clean             remove both environments"
+	@echo "make clean             remove every environment"
 	@echo
 	@echo "PYTHON=python3.13 make ...   with another Python than python3 (3.11 or newer)"
 
@@ -41,8 +44,11 @@ bench: environments xdelta3
 test: environments xdelta3
 	@.venv/bin/python -m pytest -n auto $(ARGS)
 
+fuzz: $(FUZZ)
+	@.venv-fuzz/bin/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(TARGET),--target $(TARGET))
+
 soak: environments
-	@.venv/bin/python -m tests.soak --minutes $(MINUTES) $(ARGS)
+	@.venv/bin/python -m tests.soak --minutes $(or $(MINUTES),15) $(ARGS)
 
 faults: environments
 	@.venv/bin/python -m tests.soak.walk $(ARGS)
@@ -79,11 +85,14 @@ $(PROJECT): pyproject.toml constraints/project.txt | python
 $(DELTAGLIDER): pyproject.toml constraints/deltaglider.txt | python
 	$(call install,.venv-deltaglider,constraints/deltaglider.txt)
 
+$(FUZZ): pyproject.toml constraints/fuzz.txt | python-of-atheris
+	$(call install,.venv-fuzz,constraints/fuzz.txt)
+
 # uv resolves for all Pythons at once, with the hash of every file; pip checks them when it installs
 constraints: | python
 	@set -e; environment=$$(mktemp -d); trap 'rm -rf "$$environment"' EXIT; \
 	$(PYTHON) -m venv $$environment; $$environment/bin/python $(PIP) install --quiet uv; \
-	for name in project:dev deltaglider:deltaglider; do \
+	for name in project:dev deltaglider:deltaglider fuzz:fuzz; do \
 		$$environment/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 			--no-annotate --custom-compile-command 'make constraints' \
 			--group $${name#*:} --group build pyproject.toml -o constraints/$${name%:*}.txt; \
@@ -93,7 +102,7 @@ constraints: | python
 audit: | python
 	@set -e; environment=$$(mktemp -d); trap 'rm -rf "$$environment"' EXIT; \
 	$(PYTHON) -m venv $$environment; $$environment/bin/python $(PIP) install --quiet pip-audit; \
-	for name in project deltaglider; do \
+	for name in project deltaglider fuzz; do \
 		$$environment/bin/pip-audit --strict --disable-pip --require-hashes -r constraints/$$name.txt; \
 	done
 
@@ -101,6 +110,11 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "dg-cached needs Python 3.11 or newer. $(PYTHON) says: $$($(PYTHON) --version 2>&1)" >&2; \
 		echo "Name one that is: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+
+python-of-atheris: | python
+	@$(PYTHON) -c 'import sys, platform; sys.exit(sys.version_info >= (3, 14) or platform.machine() != "x86_64")' || { \
+		echo "make fuzz needs atheris, which has wheels for Python 3.11 to 3.13 on x86-64." >&2; \
+		echo "Name such a one: PYTHON=python3.13 make fuzz" >&2; exit 1; }
 
 xdelta3: | python
 	@$(PYTHON) -m benchmarks.xdelta3

@@ -102,24 +102,23 @@ class Session:
             self.directory_fd = -1
 
     def _receive_one(self, deadline: float) -> None:
-        from dgcache_proto.v1 import dgcache_pb2
-
         _wait_readable(self._connection, deadline)
         packet, ancillary, flags, _ = self._connection.recvmsg(
             _LONGEST_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
         )
         descriptors = _descriptors(ancillary)
-        message = dgcache_pb2.SessionMessage.FromString(packet)
         complete = len(descriptors) == 1 and not flags & socket.MSG_CTRUNC
-        if not packet or not complete or len(self._unclaimed) >= _MOST_UNCLAIMED:
+        try:
+            if (packet and not complete) or len(self._unclaimed) >= _MOST_UNCLAIMED:
+                raise CacheUnavailableError("a descriptor was lost on the way")
+            request_id = _announced(packet)
+            if request_id in self._unclaimed:
+                raise CacheUnavailableError("the daemon sent two descriptors for one call")
+        except CacheUnavailableError:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise CacheUnavailableError(
-                "the daemon closed the session"
-                if not packet
-                else "a descriptor was lost on the way"
-            )
-        self._unclaimed[message.descriptor.request_id] = descriptors[0]
+            raise
+        self._unclaimed[request_id] = descriptors[0]
 
 
 def _connect_within(connection: socket.socket, path: str, deadline: float) -> None:
@@ -158,14 +157,7 @@ def _wait_readable(connection: socket.socket, deadline: float) -> None:
 
 
 def _understood(packet: bytes) -> "dgcache_pb2.Hello":
-    from google.protobuf.message import DecodeError
-
-    from dgcache_proto.v1 import dgcache_pb2
-
-    try:
-        hello = dgcache_pb2.SessionMessage.FromString(packet).hello
-    except DecodeError as error:
-        raise CacheUnavailableError("what listens there does not speak our protocol") from error
+    hello = _parsed(packet).hello
     if hello.protocol < OLDEST_PROTOCOL or hello.oldest_protocol > PROTOCOL:
         older = "daemon" if hello.protocol < OLDEST_PROTOCOL else "client"
         raise CacheUnavailableError(
@@ -173,6 +165,27 @@ def _understood(packet: bytes) -> "dgcache_pb2.Hello":
             f"update the {older}, then dg-cache restart"
         )
     return hello
+
+
+def _announced(packet: bytes) -> int:
+    """Return the call that a packet brings a descriptor for."""
+    if not packet:
+        raise CacheUnavailableError("the daemon closed the session")
+    message = _parsed(packet)
+    if not message.HasField("descriptor"):
+        raise CacheUnavailableError("the daemon sent a descriptor without a word on it")
+    return message.descriptor.request_id
+
+
+def _parsed(packet: bytes) -> "dgcache_pb2.SessionMessage":
+    from google.protobuf.message import DecodeError
+
+    from dgcache_proto.v1 import dgcache_pb2
+
+    try:
+        return dgcache_pb2.SessionMessage.FromString(packet)
+    except DecodeError as error:
+        raise CacheUnavailableError("what listens there does not speak our protocol") from error
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -149,15 +149,23 @@ def _checked(kind: type[T], where: str, values: Mapping[str, Any]) -> dict[str, 
         one = declared(kind)[name]
         types, accepted = _TYPES[one.parse]
         if type(value) not in types:
-            import reprlib
-
-            raise SettingsError(f"{where}{name} must be {accepted}, got {reprlib.repr(value)}")
+            raise SettingsError(f"{where}{name} must be {accepted}, got {_shown(value)}")
         try:
             checked[name] = one.parse(value) if isinstance(value, str) else value
             kind(**{name: checked[name]})
         except (ValueError, SettingsError) as error:
             raise SettingsError(f"{where}{name}: {error}") from error
     return checked
+
+
+def _shown(value: Any) -> str:
+    """Return a value of any kind as a message has room for it."""
+    import reprlib
+
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # hexadecimal in the file, of more digits than Python writes in decimal
+        return "a number of thousands of digits"
 
 
 def _refuse_unknown(path: Path, name: str, table: str) -> NoReturn:

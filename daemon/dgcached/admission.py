@@ -67,6 +67,8 @@ class AdmissionInterceptor(aio.ServerInterceptor):
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             behaviour = getattr(handler, kind)
             if behaviour is not None:
+                if kind.startswith("stream"):
+                    behaviour = _of_parsed(behaviour)
                 return _with_behaviour(handler, kind, self._guarded(behaviour, claimed))
         return handler
 
@@ -134,6 +136,29 @@ def _marking_malformed(parse: Callable[[bytes], Any] | None) -> Callable[[bytes]
             return _Malformed()
 
     return parse_or_mark
+
+
+def _of_parsed(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a call of many messages end at the first that does not parse, as one of one does.
+
+    A service that is not ours, such as reflection, would not know what to make of it.
+    """
+
+    async def each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            _require_parsed(request)
+            yield request
+
+    async def call(requests: AsyncIterator[Any], context: aio.ServicerContext) -> Any:
+        return await behaviour(each(requests), context)
+
+    async def stream(
+        requests: AsyncIterator[Any], context: aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        async for response in behaviour(each(requests), context):
+            yield response
+
+    return stream if inspect.isasyncgenfunction(behaviour) else call
 
 
 def _require_parsed(request: Any) -> None:
