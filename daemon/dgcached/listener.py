@@ -16,6 +16,7 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
 from dgcached.limits import Limits
 from dgcached.logs import event
+from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Registry, identify
 
 
@@ -23,12 +24,18 @@ class Listener:
     """Serves rpc.sock until it is closed."""
 
     def __init__(
-        self, listening: socket.socket, inner_path: str, registry: Registry, limits: Limits
+        self,
+        listening: socket.socket,
+        inner_path: str,
+        registry: Registry,
+        limits: Limits,
+        refused: RefusedPeers,
     ) -> None:
         self._listening = listening
         self._inner_path = inner_path
         self._registry = registry
         self._limits = limits
+        self._refused = refused
         self._server: asyncio.Server | None = None
         self._open: set[_Outer] = set()
         self._all_closed = asyncio.Event()
@@ -79,18 +86,13 @@ class Listener:
         try:
             require_same_user(peer.credentials)
         except CacheRefusedError:
-            credentials = peer.credentials
-            event(
-                logging.WARNING,
-                "peer-refused",
-                socket="rpc",
-                uid=credentials.uid,
-                pid=credentials.pid,
-            )
+            self._refused.report("rpc", peer.credentials)
             return None
         if self._registry.connections >= self._limits.connections:
             event(logging.WARNING, "limit-reached", limit="connections", pid=peer.credentials.pid)
             return None
+        credentials = peer.credentials
+        event(logging.DEBUG, "admitted", socket="rpc", uid=credentials.uid, pid=credentials.pid)
         inner = _Inner(outer, secrets.token_hex(16))
         self._registry.add_connection(inner.name, peer)
         self._open.add(outer)
