@@ -4,7 +4,8 @@ Every component is opened relative to the descriptor of the one before, so that 
 twice (openat(2); CWE-367). Ancestors must belong to root or to me and be writable by nobody else
 unless sticky; a link among them is followed only if it belongs to root or to me. The last component
 of a private directory is never a link: it is mine, mode 0700, without a default ACL. A trusted file
-is root's or mine, as its directory is, and nobody else can write to either.
+is root's or mine, as its directory is, and nobody else can write to either. `ownership` says what
+is root's in a user namespace that does not know root.
 """
 
 import errno
@@ -16,6 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 from dgcache_core.errors import CacheRefusedError
+from dgcache_core.ownership import (
+    is_directory_of_root_or_me,
+    is_file_of_root_or_me,
+    is_link_of_root_or_me,
+    is_mine,
+    owner_name,
+)
 
 PRIVATE_MODE = 0o700
 _MAX_LINKS = 40  # as the kernel's own walk (path_resolution(7))
@@ -57,11 +65,11 @@ def read_trusted_file(path: Path, most_bytes: int, forbidden_mode: int = 0o022) 
         FileNotFoundError: it is not there.
     """
 
-    def vet(node: int, path: Path, *, is_last: bool, name: str, parent: int) -> str | None:
+    def vet(node: int, path: Path, *, is_last: bool, place: Path, parent: int) -> str | None:
         status = os.fstat(node)
         if stat.S_ISLNK(status.st_mode) or not is_last:
-            return _vet(node, path, is_last=False, name=name, parent=parent)
-        _vet_file(status, os.fstat(parent), path, forbidden_mode)
+            return _vet(node, path, is_last=False, place=place, parent=parent)
+        _vet_file(status, os.fstat(parent), path, place, forbidden_mode)
         return None
 
     node = _walk(path, vet, create=False)
@@ -80,10 +88,13 @@ def read_trusted_file(path: Path, most_bytes: int, forbidden_mode: int = 0o022) 
 
 
 class _Check(Protocol):
-    """Vets one component; returns a link's target where it is one that may be followed."""
+    """Vets one component; returns a link's target where it is one that may be followed.
+
+    `path` is what was asked for; `place` is where the component really is, without links.
+    """
 
     def __call__(
-        self, node: int, path: Path, *, is_last: bool, name: str, parent: int
+        self, node: int, path: Path, *, is_last: bool, place: Path, parent: int
     ) -> str | None: ...
 
 
@@ -94,20 +105,22 @@ def _walk(path: Path, vet: _Check, *, create: bool) -> int:
     if "\0" in str(path):
         raise CacheRefusedError("a path cannot hold a NUL character")
     names = deque(path.parts[1:])
+    here = Path("/")
     node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
     try:
         links = 0
         while names:
             name = names.popleft()
             child = _open_or_make(node, name, create=create)
+            place = here.parent if name == ".." else here / name
             try:
-                link = vet(child, path, is_last=not names, name=name, parent=node)
+                link = vet(child, path, is_last=not names, place=place, parent=node)
             except BaseException:
                 os.close(child)
                 raise
             if link is None:
                 os.close(node)
-                node = child
+                node, here = child, place
                 continue
             os.close(child)
             links += 1
@@ -116,7 +129,7 @@ def _walk(path: Path, vet: _Check, *, create: bool) -> int:
             names.extendleft(reversed([part for part in link.split("/") if part not in ("", ".")]))
             if link.startswith("/"):
                 os.close(node)
-                node = os.open("/", _OPEN_NODE | os.O_DIRECTORY)
+                node, here = os.open("/", _OPEN_NODE | os.O_DIRECTORY), Path("/")
         return node
     except BaseException as error:
         os.close(node)
@@ -140,7 +153,7 @@ def open_private_subdirectory(parent: int, name: str, path: Path, *, create: boo
     """
     node = _open_or_make(parent, name, create=create)
     try:
-        _vet(node, path, is_last=True, name=name, parent=parent)
+        _vet(node, path, is_last=True, place=path, parent=parent)
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=node)
     finally:
         os.close(node)
@@ -167,17 +180,17 @@ def _vet(
     path: Path,
     *,
     is_last: bool,
-    name: str,
+    place: Path,
     parent: int,  # noqa: ARG001 - of no interest here
 ) -> str | None:
     """Check one component of the way to a private directory, see `_Check`."""
     status = os.fstat(node)
-    own_uid = os.geteuid()
+    name = place.name
     if stat.S_ISLNK(status.st_mode):
         if is_last:
             raise CacheRefusedError(f"{path} is a symbolic link: {_remove(path)}")
-        if status.st_uid not in (0, own_uid):
-            raise CacheRefusedError(f"{path}: {name!r} is a link of uid {status.st_uid}")
+        if not is_link_of_root_or_me(status.st_uid):
+            raise CacheRefusedError(f"{path}: {name!r} is a link of {owner_name(status.st_uid)}")
         return os.readlink("", dir_fd=node)
     if not stat.S_ISDIR(status.st_mode):
         mending = f": {_remove(path)}" if is_last else ""
@@ -185,9 +198,10 @@ def _vet(
     mode = stat.S_IMODE(status.st_mode)
     if is_last:
         _vet_own(node, path, status.st_uid, mode)
-    elif status.st_uid not in (0, own_uid):
+    elif not is_directory_of_root_or_me(status.st_uid, place):
         raise CacheRefusedError(
-            f"{path}: {name!r} belongs to uid {status.st_uid}, not to root or uid {own_uid}"
+            f"{path}: {name!r} belongs to {owner_name(status.st_uid)}, "
+            f"not to root or uid {os.geteuid()}"
         )
     elif mode & 0o022 and not mode & stat.S_ISVTX:
         raise CacheRefusedError(
@@ -197,14 +211,18 @@ def _vet(
 
 
 def _vet_file(
-    status: os.stat_result, directory: os.stat_result, path: Path, forbidden_mode: int
+    status: os.stat_result,
+    directory: os.stat_result,
+    path: Path,
+    place: Path,
+    forbidden_mode: int,
 ) -> None:
     quoted, own_uid = shlex.quote(str(path)), os.geteuid()
     if not stat.S_ISREG(status.st_mode):
         raise CacheRefusedError(f"{path} is not a regular file: put one in its place")
-    if status.st_uid not in (0, own_uid):
+    if not is_file_of_root_or_me(status.st_uid, place):
         raise CacheRefusedError(
-            f"{path} belongs to uid {status.st_uid}, not to root or uid {own_uid}: "
+            f"{path} belongs to {owner_name(status.st_uid)}, not to root or uid {own_uid}: "
             f"run sudo chown {own_uid} {quoted}, or set HOME to your own"
         )
     if directory.st_mode & 0o022:  # sticky or not: others could put a file there, or a link
@@ -222,9 +240,9 @@ def _vet_file(
 
 def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:
     own_uid = os.geteuid()
-    if uid != own_uid:
+    if not is_mine(uid):
         raise CacheRefusedError(
-            f"{path} belongs to uid {uid}, not to uid {own_uid}: "
+            f"{path} belongs to {owner_name(uid)}, not to uid {own_uid}: "
             f"run sudo chown {own_uid} {shlex.quote(str(path))}"
         )
     if mode != PRIVATE_MODE:
