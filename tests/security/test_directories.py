@@ -97,7 +97,7 @@ def sticky(short_directory: Path) -> Path:
 def owners(short_directory: Path) -> Path:
     """A directory of the owner."""
     place = short_directory.resolve() / "owners"
-    short_directory.chmod(0o755)
+    short_directory.chmod(stat.S_IMODE(short_directory.stat().st_mode) | 0o055)
     place.mkdir(0o755)
     os.chown(place, OWNER_UID, OWNER_UID)
     return place
