@@ -5,7 +5,9 @@ The decision imports neither grpc nor protobuf: protobuf comes with the first by
 
 import os
 import select
+import shlex
 import socket
+import stat
 import struct
 import threading
 import time
@@ -14,9 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgcache_core.errors import CacheUnavailableError, DaemonAbsentError
+from dgcache_core.errors import CacheRefusedError, CacheUnavailableError, DaemonAbsentError
 from dgcache_core.peers import peer_credentials, require_same_user
-from dgcache_core.runtime_directory import SESSION_SOCKET, candidates, open_where_served
+from dgcache_core.runtime_directory import (
+    RPC_SOCKET,
+    SESSION_SOCKET,
+    candidates,
+    open_where_served,
+)
 
 if TYPE_CHECKING:
     from dgcache_proto.v1 import dgcache_pb2
@@ -57,7 +64,7 @@ class Session:
             DaemonAbsentError: there is none.
             CacheUnavailableError: it does not answer within the budget, or speaks another version
                 of the protocol.
-            CacheRefusedError: a directory or the daemon's uid failed its check.
+            CacheRefusedError: a directory, a socket or the daemon's uid failed its check.
         """
         deadline = time.monotonic() + budget_seconds
         directory, directory_fd = open_where_served(candidates(socket_dir, environ))
@@ -66,6 +73,7 @@ class Session:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
             _connect_within(connection, f"/proc/self/fd/{directory_fd}/{SESSION_SOCKET}", deadline)
             require_same_user(peer_credentials(connection))
+            _require_own_socket(directory / RPC_SOCKET, directory_fd)
             packet = _receive_within(connection, deadline)
             return cls(connection, directory, directory_fd, _understood(packet))
         except BaseException as error:
@@ -139,6 +147,25 @@ def _connect_within(connection: socket.socket, path: str, deadline: float) -> No
         raise CacheUnavailableError(
             f"the daemon cannot be reached: {error.strerror}: see dg-cache status"
         ) from error
+
+
+def _require_own_socket(path: Path, directory_fd: int) -> None:
+    """Refuse a socket that another user left where gRPC connects, who tells nothing of its peer.
+
+    A socket's file belongs to whoever bound it (unix(7)). The directory is closed to others by now,
+    so that what is there stays there.
+    """
+    try:
+        status = os.stat(path.name, dir_fd=directory_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return  # the first call fails
+    if not stat.S_ISSOCK(status.st_mode):
+        raise CacheRefusedError(f"{path} is no socket: remove it with rm {shlex.quote(str(path))}")
+    if status.st_uid != os.geteuid():
+        raise CacheRefusedError(
+            f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: "
+            f"remove it with rm {shlex.quote(str(path))}, then dg-cache restart"
+        )
 
 
 def _receive_within(connection: socket.socket, deadline: float) -> bytes:

@@ -44,6 +44,12 @@ class Limits:
     faster loses its connection."""
     decryptions_at_once: int = 2
     """Lookups that decrypt at the same time."""
+    refused_seconds: float = 60.0
+    """After one refusal of a stranger is told, the next ones of the same user are only counted."""
+    refused_most_seconds: float = 3600.0
+    """The longest of these windows, which double while the user goes on."""
+    refused_uids: int = 16
+    """Users that are told apart so; the others share one window."""
     security_events_kept: int = 256
     """Security events for those who ask later, and before a slow follower loses one."""
     followers: int = 8

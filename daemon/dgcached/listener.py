@@ -21,6 +21,7 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
 from dgcached.limits import Limits
 from dgcached.logs import event
+from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Registry, identify
 
 _GREETINGS_AWAITED = 3
@@ -38,12 +39,14 @@ class Listener:
         limits: Limits,
         *,
         give_up: Callable[[str], None],
+        refused: RefusedPeers,
     ) -> None:
         self._listening = listening
         self._inner_path = inner_path
         self._registry = registry
         self._limits = limits
         self._give_up = give_up
+        self._refused = refused
         self._server: asyncio.Server | None = None
         self._look: asyncio.Task[None] | None = None
         self._open: set[_Outer] = set()
@@ -97,18 +100,13 @@ class Listener:
         try:
             require_same_user(peer.credentials)
         except CacheRefusedError:
-            credentials = peer.credentials
-            event(
-                logging.WARNING,
-                "peer-refused",
-                socket="rpc",
-                uid=credentials.uid,
-                pid=credentials.pid,
-            )
+            self._refused.report("rpc", peer.credentials)
             return None
         if self._registry.connections >= self._limits.connections:
             event(logging.WARNING, "limit-reached", limit="connections", pid=peer.credentials.pid)
             return None
+        credentials = peer.credentials
+        event(logging.DEBUG, "admitted", socket="rpc", uid=credentials.uid, pid=credentials.pid)
         inner = _Inner(outer, secrets.token_hex(16))
         self._registry.add_connection(inner.name, peer)
         self._open.add(outer)

@@ -40,6 +40,7 @@ from dgcached.logs import as_unicode, event
 from dgcached.monitor import Audited, Monitor
 from dgcached.pages import store_status_message
 from dgcached.pressure_watcher import PressureWatcher
+from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Registry
 from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
@@ -152,8 +153,14 @@ class Daemon:
         self._listeners.make_inner_directory()
         inner_path = self._listeners.path_of(INNER_SOCKET)
         server, health = await self._start_inner(inner_path)
+        refused = RefusedPeers(self._security, self._limits)
         listener = Listener(
-            self._listeners.rpc, inner_path, self._registry, self._limits, give_up=self._give_up
+            self._listeners.rpc,
+            inner_path,
+            self._registry,
+            self._limits,
+            refused=refused,
+            give_up=self._give_up,
         )
         sessions = SessionListener(
             self._listeners.session,
@@ -161,6 +168,7 @@ class Daemon:
             self._limits,
             self._hello(),
             self._flights.end_session,
+            refused,
         )
         await listener.start()
         sessions.start()
@@ -187,6 +195,7 @@ class Daemon:
         listener.stop_accepting()
         self._listeners.withdraw()
         self._flights.close()
+        refused.close()
         self._security.close()
         await health.enter_graceful_shutdown()
         draining = asyncio.create_task(server.stop(self._limits.drain_seconds))

@@ -19,6 +19,7 @@ from dgcache_proto.v1 import dgcache_pb2
 from dgcached.deposits import Deposit
 from dgcached.limits import Limits
 from dgcached.logs import event
+from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Peer, Registry, identify
 
 _LONGEST_PACKET = 4096
@@ -75,9 +76,11 @@ class SessionListener:
         limits: Limits,
         hello: dgcache_pb2.Hello,
         on_end: Callable[[Session], None],
+        refused: RefusedPeers,
     ) -> None:
         """Serve `listening`; `on_end` hears of every session that is over."""
         self._on_end = on_end
+        self._refused = refused
         self._listening = listening
         self._registry = registry
         self._limits = limits
@@ -130,18 +133,13 @@ class SessionListener:
         try:
             require_same_user(peer.credentials)
         except CacheRefusedError:
-            credentials = peer.credentials
-            event(
-                logging.WARNING,
-                "peer-refused",
-                socket="session",
-                uid=credentials.uid,
-                pid=credentials.pid,
-            )
+            self._refused.report("session", peer.credentials)
             return None
         if len(self._registry.sessions) >= self._limits.sessions:
             event(logging.WARNING, "limit-reached", limit="sessions", pid=peer.credentials.pid)
             return None
+        credentials = peer.credentials
+        event(logging.DEBUG, "admitted", socket="session", uid=credentials.uid, pid=credentials.pid)
         connection.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.unread_descriptor_bytes
         )

@@ -199,34 +199,6 @@ def test_a_daemon_that_cannot_be_understood_is_left_alone(
     assert set(received) <= {b""}
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to listen as another user")
-def test_a_socket_of_another_user_is_refused(
-    short_directory: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A squatter listens in my directory: SO_PEERCRED tells, nothing is sent to it."""
-    (short_directory / "s").mkdir(mode=0o700)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as squatter:
-        squatter.bind(str(short_directory / "s" / SESSION_SOCKET))
-        listen_as_other = (
-            "import os,socket,sys; os.setuid(12345);"
-            "s = socket.socket(fileno=int(sys.argv[1])); s.listen(8); s.detach()"
-        )
-        subprocess.run(
-            [sys.executable, "-c", listen_as_other, str(squatter.fileno())],
-            pass_fds=(squatter.fileno(),),
-            check=True,
-        )
-        with dgcache.open(Settings(socket_dir=short_directory / "s")) as cache:
-            works(cache)
-            assert cache.backend == "memory"
-        squatter.settimeout(0)
-        connection, _ = squatter.accept()
-        assert connection.recv(4096) == b""
-        connection.close()
-    assert "peer uid 12345 is not the own uid 0" in only_record(caplog).getMessage()
-
-
 def test_a_stopped_daemon_costs_the_budget_and_no_more(
     daemon: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,7 +1,6 @@
 """Which calls need a session, and whose session it must be."""
 
 import os
-import secrets
 import socket
 
 import grpc
@@ -17,9 +16,7 @@ from tests.support.wire import (
     Daemon,
     connected,
     eventually,
-    poll,
     refused,
-    script_running,
 )
 
 DIGEST = bytes(32)
@@ -35,13 +32,6 @@ NEED_NONE = {
     "Clear": pb.ClearRequest(),
     "List": pb.ListRequest(),
     "Status": pb.StatusRequest(),
-}
-WRONG_IDS = {
-    "empty": "",
-    "guessed": secrets.token_hex(16),
-    "short": secrets.token_hex(15),
-    "not hexadecimal": "z" * 32,
-    "longer than any": "0" * 4000,
 }
 
 
@@ -78,46 +68,6 @@ def test_streams_and_standard_services_are_served_without_a_session(daemon: Daem
         (listed,) = reflection.ServerReflectionInfo(iter([question]), timeout=SECONDS)
         names = {service.name for service in listed.list_services_response.service}
         assert {"dgcache.v1.ReferenceCache", "grpc.health.v1.Health"} <= names
-
-
-@pytest.mark.parametrize("kind", WRONG_IDS)
-@pytest.mark.parametrize("method", ["Lookup", "Status"])
-def test_a_wrong_session_id_is_refused(client: Client, kind: str, method: str) -> None:
-    """Also on calls that need none: an id that is given is always checked."""
-    client.metadata = (("dg-session", WRONG_IDS[kind]),)
-    with refused(grpc.StatusCode.UNAUTHENTICATED):
-        client.call(method, {**NEED_A_SESSION, **NEED_NONE}[method])
-
-
-def test_a_wrong_session_id_is_refused_on_streams(client: Client) -> None:
-    """In either direction, and on the standard services."""
-    metadata = (("dg-session", secrets.token_hex(16)),)
-    with refused(grpc.StatusCode.UNAUTHENTICATED):
-        list(client.stub.Read(pb.ReadRequest(), metadata=metadata, timeout=SECONDS))
-    with refused(grpc.StatusCode.UNAUTHENTICATED):
-        client.stub.Write(iter([pb.WriteRequest()]), metadata=metadata, timeout=SECONDS)
-    with refused(grpc.StatusCode.UNAUTHENTICATED):
-        client.health.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=SECONDS)
-
-
-def test_the_session_of_another_process_is_refused(client: Client, daemon: Daemon) -> None:
-    """Who learns an id cannot use it: it belongs to the process that opened the session."""
-    script = """
-connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-connection.connect(sys.argv[1])
-print(connection.recv(4096).hex(), flush=True)
-sys.stdin.read()
-"""
-    with script_running(None, script, daemon.directory / "session.sock") as other:
-        assert other.stdout is not None
-        assert poll([other.stdout.fileno()])
-        packet = bytes.fromhex(other.stdout.readline().strip())
-        stolen = pb.SessionMessage.FromString(packet).hello.session_id
-        assert len(stolen) == 16
-        assert client.status().sessions == 2
-        client.metadata = (("dg-session", stolen.hex()),)
-        with refused(grpc.StatusCode.UNAUTHENTICATED):
-            client.call("Lookup", NEED_A_SESSION["Lookup"])
 
 
 def test_two_sessions_of_one_process_do_not_mix(client: Client, daemon: Daemon) -> None:

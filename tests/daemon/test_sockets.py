@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import socket
 import stat
 import subprocess
@@ -16,7 +15,6 @@ from tests.support.wire import (
     OWNER_UID,
     SECONDS,
     Client,
-    Daemon,
     own_environment,
     running,
 )
@@ -40,94 +38,6 @@ def run(*argv: str | Path, umask: int = -1, **environ: str) -> "subprocess.Compl
 def modes(directory: Path) -> dict[str, int]:
     """Return the mode of everything in a directory."""
     return {path.name: stat.S_IMODE(path.lstat().st_mode) for path in directory.iterdir()}
-
-
-@pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_directory_and_sockets_are_the_users_alone_whatever_the_umask(
-    short_directory: Path, umask: int
-) -> None:
-    """0700 and 0600: neither a lax nor an absurd umask of the starter changes that."""
-    place = short_directory / "made" / "on the way"
-    with running(place, umask=umask):
-        assert modes(place) == FILES
-        assert modes(place / "inner") == {"inner.sock": 0o600}
-        assert modes(place.parent) == {place.name: 0o700}
-        assert modes(short_directory) == {"made": 0o700}
-
-
-@pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_start_makes_private_files_whatever_the_umask(short_directory: Path, umask: int) -> None:
-    """`dg-cache start` makes the starters' lock and the log before the daemon runs."""
-    place, state = short_directory / "s", short_directory / "state"
-    environ = {"DG_CACHE_SOCKET_DIR": str(place), "XDG_STATE_HOME": str(state)}
-    started = run("dgcache_cli", "start", umask=umask, **environ)
-    try:
-        assert started.returncode == 0, started.stderr
-        assert modes(place) == {**FILES, "start.lock": 0o600}
-        assert modes(state) == {"dg-cached": 0o700}
-        assert modes(state / "dg-cached") == {"dg-cached.log": 0o600}
-    finally:
-        run("dgcache_cli", "stop", **environ)
-
-
-def test_what_a_killed_daemon_left_is_taken_over(short_directory: Path) -> None:
-    """Nobody has to remove a socket file or a lock by hand."""
-    place = short_directory / "s"
-    with running(place) as killed:
-        killed.stop(signal.SIGKILL)
-        assert modes(place) == FILES
-        with running(place) as successor, Client(place) as client:
-            assert client.status().pid == successor.pid
-            assert modes(place) == FILES
-        assert modes(place / "inner") == {"inner.sock": 0o600}
-
-
-def test_a_second_daemon_says_so_and_leaves_the_first_alone(shared: Daemon) -> None:
-    """It ends with status 75, and the first goes on serving."""
-    second = run("dgcached", "--socket-dir", shared.directory)
-    assert second.returncode == 75
-    assert f"already serves in {shared.directory}" in second.stderr
-    assert "dg-cache status" in second.stderr
-    with Client(shared.directory) as client:
-        assert client.status().pid == shared.pid
-
-
-def test_a_herd_of_starters_starts_one_daemon(short_directory: Path) -> None:
-    """Twenty at once all succeed, and one of them says that it started the daemon."""
-    place = short_directory / "s"
-    environ = own_environment() | {
-        "DG_CACHE_SOCKET_DIR": str(place),
-        "XDG_STATE_HOME": str(short_directory),
-    }
-    argv = [sys.executable, "-m", "dgcache_cli"]
-    herd = [
-        subprocess.Popen(
-            [*argv, "start"],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(20)
-    ]
-    try:
-        said = [process.communicate(timeout=3 * SECONDS)[0].strip() for process in herd]
-        assert [process.returncode for process in herd] == [0] * 20, said
-        assert sum(line.startswith("dg-cached started") for line in said) == 1, said
-        log = (short_directory / "dg-cached" / "dg-cached.log").read_text()
-        assert log.count(" started ") == 1
-        with Client(place) as client:
-            assert {line.rpartition("(pid ")[2] for line in said} == {f"{client.status().pid})"}
-    finally:
-        subprocess.run([*argv, "stop"], env=environ, timeout=SECONDS, check=True)
-
-
-def test_a_directory_too_long_for_a_socket_name_serves(short_directory: Path) -> None:
-    """sun_path holds 107 bytes (unix(7)); the directory's own path has 138."""
-    place = short_directory / ("d" * (138 - len(str(short_directory)) - 1))
-    assert len(str(place)) == 138
-    with running(place), Client(place) as client:
-        assert client.store(b"data")
 
 
 def test_a_directory_whose_name_is_no_text_serves(short_directory: Path) -> None:

@@ -1,9 +1,14 @@
-"""inner.sock, where gRPC itself listens: only the daemon's own relays are served there."""
+"""Around the listener, or with a session of somebody else: every call is refused.
+
+inner.sock is where gRPC itself listens: only the daemon's own relays are served there.
+"""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -12,6 +17,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcached.limits import Limits
+from dgcached.registry import Registry, identify
+from dgcached.sessions import Session
 from tests.soak.walk import Step, refusing
 from tests.support.wire import (
     FOREIGN_UID,
@@ -28,6 +36,8 @@ from tests.support.wire import (
     script_running,
 )
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a second real user is made by root")
+
 DIGEST = bytes(32)
 REQUESTS = {
     "Lookup": pb.LookupRequest(deltaspace=SPACE, sha256=DIGEST),
@@ -42,8 +52,24 @@ REQUESTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    """The module's daemon, with the default limits."""
+    with running() as shared:
+        yield shared
+        assert shared.process.poll() is None, shared.logged()
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[Client]:
+    """A client of that daemon, and the only one."""
+    with Client(daemon.directory) as connected:
+        eventually(lambda: connected.status().sessions == 1)
+        yield connected
+
+
 @pytest.mark.parametrize("method", REQUESTS)
-def test_a_direct_call_is_refused(client: Client, daemon: Daemon, method: str) -> None:
+def test_09_a_direct_call_is_refused(client: Client, daemon: Daemon, method: str) -> None:
     """Whoever goes around the listener has no identity, even with a session id that is right."""
     with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
         for metadata in ((), client.metadata):
@@ -52,7 +78,7 @@ def test_a_direct_call_is_refused(client: Client, daemon: Daemon, method: str) -
                 direct.call(method, REQUESTS[method])
 
 
-def test_direct_streams_are_refused(daemon: Daemon) -> None:
+def test_09_direct_streams_are_refused(daemon: Daemon) -> None:
     """In either direction."""
     with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
         with refused(grpc.StatusCode.PERMISSION_DENIED):
@@ -62,7 +88,7 @@ def test_direct_streams_are_refused(daemon: Daemon) -> None:
             direct.stub.Write(iter([begin, pb.WriteRequest(data=b"x")]), timeout=SECONDS)
 
 
-def test_the_standard_services_are_refused_as_well(daemon: Daemon) -> None:
+def test_09_the_standard_services_are_refused_as_well(daemon: Daemon) -> None:
     """Health and reflection are no way around the check."""
     with Client(daemon.directory, session=False, rpc="inner/inner.sock") as direct:
         with refused(grpc.StatusCode.PERMISSION_DENIED):
@@ -139,7 +165,7 @@ def abstract_names() -> set[str]:
     return {name for name in names if len(name) == 32 and set(name) <= set("0123456789abcdef")}
 
 
-def test_a_name_that_was_a_relays_admits_nobody(daemon: Daemon) -> None:
+def test_10_a_name_that_was_a_relays_admits_nobody(daemon: Daemon) -> None:
     """A closed abstract name can be bound by anybody; it left the registry before it closed."""
     before = abstract_names()
     with script_running(None, HOLD, daemon.directory / "rpc.sock") as holder:
@@ -154,7 +180,8 @@ def test_a_name_that_was_a_relays_admits_nobody(daemon: Daemon) -> None:
 
 
 @pytest.mark.root
-def test_another_user_with_the_name_of_a_living_relay_is_refused(short_directory: Path) -> None:
+@needs_root
+def test_10_another_user_with_the_name_of_a_living_relay_is_refused(short_directory: Path) -> None:
     """In a network namespace of his own he can bind a name that is in use, and with loosened modes
     he reaches inner.sock; he must not pass for its owner."""
     short_directory.chmod(0o755)
@@ -205,3 +232,97 @@ def test_connections_that_end_at_once_end_nothing(daemon: Daemon) -> None:
         eventually(lambda: client.status().connections == 1)
     assert daemon.process.poll() is None
     assert "giving-up" not in daemon.logged()
+
+
+# -- session ids --------------------------------------------------------------------------------
+
+WRONG_IDS = {
+    "empty": "",
+    "guessed": secrets.token_hex(16),
+    "short": secrets.token_hex(15),
+    "not hexadecimal": "z" * 32,
+    "longer than any": "0" * 4000,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_IDS)
+@pytest.mark.parametrize("method", ["Lookup", "Status"])
+def test_11_a_wrong_session_id_is_refused(client: Client, kind: str, method: str) -> None:
+    """Also on calls that need none: an id that is given is always checked."""
+    client.metadata = (("dg-session", WRONG_IDS[kind]),)
+    with refused(grpc.StatusCode.UNAUTHENTICATED):
+        client.call(method, REQUESTS[method])
+
+
+def test_11_a_wrong_session_id_is_refused_on_streams(client: Client) -> None:
+    """In either direction, and on the standard services."""
+    metadata = (("dg-session", secrets.token_hex(16)),)
+    with refused(grpc.StatusCode.UNAUTHENTICATED):
+        list(client.stub.Read(pb.ReadRequest(), metadata=metadata, timeout=SECONDS))
+    with refused(grpc.StatusCode.UNAUTHENTICATED):
+        client.stub.Write(iter([pb.WriteRequest()]), metadata=metadata, timeout=SECONDS)
+    with refused(grpc.StatusCode.UNAUTHENTICATED):
+        client.health.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=SECONDS)
+
+
+def test_11_the_session_of_another_process_is_refused(client: Client, daemon: Daemon) -> None:
+    """Who learns an id cannot use it: it belongs to the process that opened the session."""
+    script = """
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect(sys.argv[1])
+print(connection.recv(4096).hex(), flush=True)
+sys.stdin.read()
+"""
+    with script_running(None, script, daemon.directory / "session.sock") as other:
+        assert other.stdout is not None
+        assert poll([other.stdout.fileno()])
+        packet = bytes.fromhex(other.stdout.readline().strip())
+        stolen = pb.SessionMessage.FromString(packet).hello.session_id
+        assert len(stolen) == 16
+        assert client.status().sessions == 2
+        client.metadata = (("dg-session", stolen.hex()),)
+        with refused(grpc.StatusCode.UNAUTHENTICATED):
+            client.call("Lookup", REQUESTS["Lookup"])
+
+
+def test_11_no_guess_is_told_from_a_worse_one(client: Client) -> None:
+    """From no right byte to fifteen, and cut or longer: the same refusal, in the same words."""
+    right = client.hello.session_id
+    guesses = [right[:length] + bytes(16 - length) for length in range(16) if right[length:]]
+    guesses = [guess for guess in guesses if guess != right] + [right[:15], right + b"\0"]
+    said = set()
+    for guess in guesses:
+        client.metadata = (("dg-session", guess.hex()),)
+        with refused(grpc.StatusCode.UNAUTHENTICATED) as errors:
+            client.call("Lookup", REQUESTS["Lookup"])
+        said.add(errors[0].details())
+    assert said == {"there is no such session of this process"}
+    client.metadata = (("dg-session", right.hex()),)
+    assert client.call("Status", REQUESTS["Status"]).sessions == 1
+
+
+class Untouchable(bytes):
+    """An id that nothing may compare or look up byte by byte, since that ends at the first
+    difference; only what takes the same time for every guess reads it as a buffer."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("the id was compared with ==")
+
+    def __hash__(self) -> int:
+        raise AssertionError("the id was looked up as it is")
+
+
+def test_11_an_id_is_only_hashed_and_compared_in_constant_time() -> None:
+    """What a timing test would have to find in nanoseconds of noise, shown on the very code."""
+    registry = Registry()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        session = Session(ours, identify(ours), Limits())
+        session.id = Untouchable(session.id)
+        registry.add_session(session)
+        right = bytes(bytearray(session.id)).hex()
+        assert registry.session_of(session.peer, right) is session
+        for guess in (right[:30] + "00", secrets.token_hex(16), right[:30], ""):
+            assert guess == right or registry.session_of(session.peer, guess) is None
+        registry.remove_session(session)
+        assert registry.session_of(session.peer, right) is None
