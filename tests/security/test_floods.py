@@ -6,7 +6,6 @@ In each a bystander, another process of the same user, is served all the while (
 
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,7 +31,6 @@ from tests.support.wire import (
     SPACE,
     Client,
     Daemon,
-    connected,
     eventually,
     running,
     script_running,
@@ -128,27 +126,25 @@ def test_41_a_slow_peer_is_closed_at_the_limit(kind: str) -> None:
         bystander(daemon.directory) as other,
         Client(daemon.directory, session=False) as client,
         ExitStack() as stack,
+        other.undisturbed(),
     ):
-        with other.undisturbed():
-            there = client.status().connections
-            slow = [
-                stack.enter_context(Http2Peer(daemon.directory, says=False)) for _ in range(50)
-            ]
-            for peer in slow:
-                peer.connection.sendall(SLOW.get(kind, b""))
-            eventually(lambda: client.status().connections == there + 50)
-            trickle = iter(PREFACE[:-1])
+        there = client.status().connections
+        slow = [stack.enter_context(Http2Peer(daemon.directory, says=False)) for _ in range(50)]
+        for peer in slow:
+            peer.connection.sendall(SLOW.get(kind, b""))
+        eventually(lambda: client.status().connections == there + 50)
+        trickle = iter(PREFACE[:-1])
 
-            def all_gone() -> bool:
-                if kind not in SLOW and (byte := next(trickle, None)) is not None:
-                    for peer in slow:
-                        with suppress(OSError):
-                            peer.connection.send(bytes([byte]))
-                other.served(50)  # some tenths of a second
-                return client.status().connections == there
+        def all_gone() -> bool:
+            if kind not in SLOW and (byte := next(trickle, None)) is not None:
+                for peer in slow:
+                    with suppress(OSError):
+                        peer.connection.send(bytes([byte]))
+            other.served(50)  # some tenths of a second
+            return client.status().connections == there
 
-            eventually(all_gone, 10)
-            assert all(peer.hung_up_on(1) for peer in slow)
+        eventually(all_gone, 10)
+        assert all(peer.hung_up_on(1) for peer in slow)
 
 
 FLOODS = {
@@ -255,9 +251,7 @@ def test_46_a_reader_that_never_reads_fills_bounded_buffers(
         before = resident_kib(serving)
         with other.undisturbed(), ExitStack() as stack:
             for _ in range(40):
-                peer = stack.enter_context(
-                    Http2Peer(serving.directory, settings=greedy_settings())
-                )
+                peer = stack.enter_context(Http2Peer(serving.directory, settings=greedy_settings()))
                 peer.connection.sendall(peer.headers(1, "Read") + data(1, request, ends=True))
             eventually(lambda: client.status().store.handout_bytes >= 24 * MIB)
             other.served(300)

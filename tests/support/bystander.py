@@ -44,8 +44,8 @@ with dgcache.open(settings) as cache:
             with cache.get_or_fetch("bystander", "p", digest, fetch) as reference:
                 if reference.read() != data:
                     wrong.append("other bytes")
-                if reference.source != "dg-cached":
-                    wrong.append("served by " + reference.source)
+                if reference.source not in ("dg-cached", "fetched"):
+                    wrong.append("served by " + str(reference.source))
             if cache.backend != "dg-cached":
                 wrong.append("fell back to " + cache.backend)
         except Exception as error:
