@@ -20,6 +20,7 @@ from tests.support.wire import (
     Client,
     Daemon,
     connected,
+    ended_well,
     eventually,
     own_environment,
     read_to_end,
@@ -33,15 +34,6 @@ def own() -> Iterator[Daemon]:
     """A daemon of this test alone, which it may end; a writer's own limit comes much later."""
     with running(limits={"drain_seconds": 2, "deposit_idle_seconds": 90}) as daemon:
         yield daemon
-
-
-def ended_well(daemon: Daemon, status: int) -> None:
-    """It says what it did, and takes the names of its sockets away."""
-    assert status == 0, daemon.logged()
-    assert [path.name for path in daemon.directory.iterdir()] == ["daemon.lock"]
-    events = [line.split()[3] for line in daemon.logged().splitlines()]
-    assert events[:1] + events[-2:] == ["started", "stopping", "stopped"]
-    assert "security" not in events  # what it takes away itself is no alarm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
