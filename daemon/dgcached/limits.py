@@ -22,6 +22,9 @@ class Limits:
     streams_per_connection: int = 32
     """HTTP/2 streams on one connection. Twice the calls: a client counts a stream as ended a moment
     before the server does, and a stream over the limit would be refused."""
+    control_frames_per_second: int = 1000
+    """HTTP/2 frames of one connection that are neither headers nor data nor windows; a client that
+    sends more of them loses its connection."""
     message_bytes: int = 4 << 20
     """The largest gRPC message, in either direction."""
     unread_descriptor_bytes: int = 6 << 10

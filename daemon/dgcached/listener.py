@@ -14,6 +14,7 @@ from typing import cast
 
 from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
+from dgcached.control_frames import ControlFrames
 from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.registry import Registry, identify
@@ -146,6 +147,7 @@ class _Outer(_End):
         self._inner: _Inner | None = None
         self._joining: asyncio.Task[None] | None = None
         self._spoke = False
+        self._control = ControlFrames(listener._limits.control_frames_per_second)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._listener._limits.relay_buffer_bytes)
@@ -173,7 +175,22 @@ class _Outer(_End):
 
     def data_received(self, data: bytes) -> None:
         self._spoke = True
+        if self._control.too_many(data):
+            self._cut_off()
+            return
         super().data_received(data)
+
+    def _cut_off(self) -> None:
+        """End a flood, and carry nothing of it any further."""
+        inner = self._inner
+        if inner is None:
+            return
+        peer = self._listener._registry.peer_of(inner.name)
+        event(logging.WARNING, "limit-reached", limit="control_frames", peer=peer)
+        self.end()
+        if inner.other is not None:
+            inner.transport.abort()
+        self.transport.abort()
 
     def _end_if_silent(self) -> None:
         if not self._spoke:

@@ -1,6 +1,7 @@
 """Case 69: a disk that is full, read-only or gone under a daemon that runs on it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def remove(home: Home) -> None:
 
 @pytest.mark.parametrize(
     ("trouble", "reason"),
-    [(fill_up, "No space"), (make_read_only, "Read-only"), (remove, "removed")],
+    [(fill_up, "No space"), (make_read_only, "Read-only"), (remove, "removed|No such file")],
     ids=["full", "read-only", "removed"],
 )
 def test_69_a_disk_in_trouble_is_one_alarm_and_memory_goes_on(
@@ -88,9 +89,9 @@ def test_69_a_disk_in_trouble_is_one_alarm_and_memory_goes_on(
                 reference(number) for number in range(first + 15, first + 20)
             ]
         eventually(lambda: not client.status().disk.enabled)
-        assert reason in client.status().disk.disabled_reason
+        assert re.search(reason, client.status().disk.disabled_reason)
         (said,) = lines(daemon, "disk-disabled")
-        assert reason in said
+        assert re.search(reason, said)
         assert f"switched off: {client.status().disk.disabled_reason}" in home.cli("status")
         assert client.stub.Clear(pb.ClearRequest(), timeout=20).freed_entries > 0
         assert daemon.stop() == 0

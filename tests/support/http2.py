@@ -22,9 +22,7 @@ from tests.support.wire import SECONDS, connected
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = SettingsFrame().serialize()
 SERVICE = "/dgcache.v1.ReferenceCache/"
-CANCEL, REFUSED_STREAM = 8, 7
-"""RFC 9113, 7."""
-
+_CANCEL = 8  # RFC 9113, 7
 _WHOLE_WINDOW = (1 << 31) - 1
 
 
@@ -50,7 +48,7 @@ def half_a_message(stream: int) -> bytes:
 
 def reset(stream: int) -> bytes:
     """Return a RST_STREAM that cancels."""
-    return RstStreamFrame(stream, error_code=CANCEL).serialize()
+    return RstStreamFrame(stream, error_code=_CANCEL).serialize()
 
 
 class Http2Peer:
