@@ -3,7 +3,7 @@
 Each is a few bytes for its sender and work for gRPC, which answers every one and goes on reading
 while its answers wait for a client that takes none: twenty thousand pings of ten such clients keep
 it busy for seconds. So the relay walks over the frames (RFC 9113, 4.1), reads nothing but their
-heads, and tells when there are too many. Headers, data and windows are bounded by gRPC's own limits.
+heads, and tells when there are too many. gRPC's own limits bound headers, data and windows.
 """
 
 from dgcache_core.clock import boottime_seconds

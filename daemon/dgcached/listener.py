@@ -38,10 +38,12 @@ class Listener:
         """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
         loop = asyncio.get_running_loop()
         # not create_unix_server: from Python 3.13 on that removes the socket's file at its close,
-        # also one that systemd made
+        # also one that systemd made. What asyncio calls the backlog is also how many it accepts
+        # before it turns to anybody else.
         self._server = await loop.create_server(
-            lambda: _Outer(self), sock=self._listening, backlog=self._limits.backlog
+            lambda: _Outer(self), sock=self._listening, backlog=self._limits.accepts_at_once
         )
+        self._listening.listen(self._limits.backlog)
 
     async def listen_on(self, listening: socket.socket) -> None:
         """Accept there from now on, and not where it was; connections go on."""

@@ -1,6 +1,6 @@
 """Another client of the same user, in a process of its own, that goes on while something is tried.
 
-It gets one reference again and again through the SDK and notes how long each get took and what was
+It gets one reference again and again through the SDK and notes how long each hit took and what was
 wrong with it. Whoever falls back to the in-process cache was not served.
 """
 
@@ -39,7 +39,7 @@ def fetch():
     return data
 with dgcache.open(settings) as cache:
     while True:
-        started = time.monotonic()
+        started, fetched_before = time.monotonic(), fetched
         try:
             with cache.get_or_fetch("bystander", "p", digest, fetch) as reference:
                 if reference.read() != data:
@@ -50,7 +50,8 @@ with dgcache.open(settings) as cache:
                 wrong.append("fell back to " + cache.backend)
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {error}")
-        seconds.append(time.monotonic() - started)
+        if fetched == fetched_before:
+            seconds.append(time.monotonic() - started)
         wanted = int(sys.argv[2]) if not orders.poll(2) else int(sys.stdin.readline() or -1)
         if wanted < 0:
             break
@@ -83,7 +84,7 @@ class Service:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.seconds)} gets, {len(self.wrong)} wrong, median "
+            f"{len(self.seconds)} gets, {len(self.wrong)} wrong, {self.fetched} misses, median "
             f"{self.seconds[len(self.seconds) // 2] * 1000:.1f} ms, 95 % within "
             f"{self.usual * 1000:.1f} ms, slowest {self.slowest * 1000:.1f} ms"
         )
