@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgcache import launcher
+from dgcache import launcher, start_lock
 from dgcache_cli.removals import Removal, remove
 from dgcache_cli.trees import Rules, identity
 from dgcache_core.disk_names import LOCK as TIER_LOCK
@@ -29,7 +29,7 @@ from dgcache_core.settings_files import user_file
 
 SYSTEM_SOCKETS = Path("/run/dg-cached")
 """Where instances of the template listen; the system's manager makes and removes what is there."""
-_SOCKET_FILES = (RPC_SOCKET, SESSION_SOCKET, DAEMON_LOCK, launcher.START_LOCK, "inner.sock")
+_SOCKET_FILES = (RPC_SOCKET, SESSION_SOCKET, DAEMON_LOCK, start_lock.START_LOCK, "inner.sock")
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ class AdmissionInterceptor(aio.ServerInterceptor):
             try:
                 self._admit(context, claimed)
                 _require_parsed(request)
-                async for response in behaviour(request, context):
+                requests = _each_parsed(request) if hasattr(request, "__aiter__") else request
+                async for response in behaviour(requests, context):
                     yield response
             except CacheError as error:
                 await abort_with(context, error)
@@ -164,3 +165,10 @@ def _of_parsed(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 def _require_parsed(request: Any) -> None:
     if isinstance(request, _Malformed):
         raise InvalidReferenceError("the message does not parse")
+
+
+async def _each_parsed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Pass a stream of messages on, up to one that does not parse."""
+    async for request in requests:
+        _require_parsed(request)
+        yield request

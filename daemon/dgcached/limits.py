@@ -22,6 +22,9 @@ class Limits:
     streams_per_connection: int = 32
     """HTTP/2 streams on one connection. Twice the calls: a client counts a stream as ended a moment
     before the server does, and a stream over the limit would be refused."""
+    control_frames_per_second: int = 1000
+    """HTTP/2 frames of one connection that are neither headers nor data nor windows; a client that
+    sends more of them loses its connection."""
     message_bytes: int = 4 << 20
     """The largest gRPC message, in either direction."""
     unread_descriptor_bytes: int = 6 << 10
@@ -76,5 +79,7 @@ class Limits:
     """From one step of growing to the next."""
     disk_flush_seconds: float = 10.0
     """What writing memory to a disk tier that outlives the daemon gets at its end."""
+    accepts_at_once: int = 8
+    """Connections to rpc.sock that are let in before those who are connected get their turn."""
     backlog: int = 1024
     """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

@@ -19,6 +19,7 @@ from typing import cast
 
 from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
+from dgcached.control_frames import ControlFrames
 from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.refused_peers import RefusedPeers
@@ -56,10 +57,12 @@ class Listener:
         """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
         loop = asyncio.get_running_loop()
         # not create_unix_server: from Python 3.13 on that removes the socket's file at its close,
-        # also one that systemd made
+        # also one that systemd made. What asyncio calls the backlog is also how many it accepts
+        # before it turns to anybody else.
         self._server = await loop.create_server(
-            lambda: _Outer(self), sock=self._listening, backlog=self._limits.backlog
+            lambda: _Outer(self), sock=self._listening, backlog=self._limits.accepts_at_once
         )
+        self._listening.listen(self._limits.backlog)
 
     async def listen_on(self, listening: socket.socket) -> None:
         """Accept there from now on, and not where it was; connections go on."""
@@ -186,6 +189,7 @@ class _Outer(_End):
         self._inner: _Inner | None = None
         self._joining: asyncio.Task[None] | None = None
         self._spoke = False
+        self._control = ControlFrames(listener._limits.control_frames_per_second)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._listener._limits.relay_buffer_bytes)
@@ -216,7 +220,22 @@ class _Outer(_End):
 
     def data_received(self, data: bytes) -> None:
         self._spoke = True
+        if self._control.too_many(data):
+            self._cut_off()
+            return
         super().data_received(data)
+
+    def _cut_off(self) -> None:
+        """End a flood, and carry nothing of it any further."""
+        inner = self._inner
+        if inner is None:
+            return
+        peer = self._listener._registry.peer_of(inner.name)
+        event(logging.WARNING, "limit-reached", limit="control_frames", peer=peer)
+        self.end()
+        if inner.other is not None:
+            inner.transport.abort()
+        self.transport.abort()
 
     def _end_if_silent(self) -> None:
         if self._inner is not None and not self._inner.greeted:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,6 @@ import dgcache
 import dgcache.remote
 from dgcache import Settings, launcher
 from dgcache.cache import ReferenceCache
-from dgcache.testing import running_daemon
 from dgcache_core.references import Deltaspace, parse_sha256
 from dgcache_core.runtime_directory import SESSION_SOCKET
 from dgcache_proto.v1 import dgcache_pb2 as pb
@@ -199,42 +198,6 @@ def test_a_daemon_that_cannot_be_understood_is_left_alone(
     assert set(received) <= {b""}
 
 
-def test_a_stopped_daemon_costs_the_budget_and_no_more(
-    daemon: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    """SIGSTOP before the client comes: connect(2) still succeeds, the Hello never comes."""
-    with dgcache.open(daemon) as cache:
-        pid = pid_of(cache)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with dgcache.open(Settings(socket_dir=daemon.socket_dir)) as cache:
-            works(cache)
-            assert cache.backend == "memory"
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert only_record(caplog).levelno == logging.WARNING
-
-
-def test_a_daemon_stopped_in_mid_session_is_left_at_the_deadline(daemon: Settings) -> None:
-    """Every kind of call, each on a session of its own."""
-    calls: list[Callable[[ReferenceCache], object]] = [
-        lambda cache: cache.has("bucket", "prefix", DIGEST),
-        lambda cache: cache.put("bucket", "prefix", DATA),
-        lambda cache: cache.get_or_fetch("bucket", "prefix", DIGEST, lambda: DATA).close(),
-        lambda cache: cache.evict("bucket", "prefix"),
-    ]
-    for call in calls:
-        with dgcache.open(daemon) as cache:
-            assert cache.backend == "dg-cached"
-            pid = pid_of(cache)
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                call(cache)
-                assert cache.backend == "memory"
-            finally:
-                os.kill(pid, signal.SIGCONT)
-
-
 def test_a_daemon_that_pauses_before_the_first_call_is_waited_for(
     daemon: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,21 +278,6 @@ def test_a_reference_held_when_the_daemon_is_killed_stays_whole(daemon: Settings
             os.kill(pid_of(cache), signal.SIGKILL)
             assert reference.read() == DATA
             assert reference.path.read_bytes() == DATA
-
-
-def test_a_full_daemon_is_helped_out_in_process(caplog: pytest.LogCaptureFixture) -> None:
-    """One reference too large for it goes to the in-process cache; the daemon stays in use."""
-    with running_daemon(size_mb=4) as settings, dgcache.open(settings) as cache:
-        assert cache.put("bucket", "prefix", DATA) == DIGEST
-        with cache.get("bucket", "prefix", DIGEST) as reference:
-            assert (reference.source, reference.read()) == ("memory", DATA)
-        small = cache.put("bucket", "prefix", b"small")
-        with cache.get("bucket", "prefix", small) as reference:
-            assert reference.source == "dg-cached"
-        assert cache.backend == "dg-cached"
-        with cache.get_or_fetch("bucket", "prefix", DIGEST, lambda: b"") as reference:
-            assert reference.source == "memory"
-    assert not [r for r in caplog.records if r.levelno >= logging.INFO]
 
 
 def test_a_daemon_that_comes_back_is_used_again(daemon: Settings) -> None:

@@ -61,25 +61,6 @@ def test_32_processes_that_miss_at_once_make_one_fetch(
     assert status["saved"] > 10
 
 
-def test_a_fetcher_that_is_killed_hands_over_at_once(
-    people: Crowd, serving: Daemon, tmp_path: Path
-) -> None:
-    """SIGKILL in the middle of a fetch that would take a minute: the next begins within moments."""
-    journal = tmp_path / "journal"
-    order = {"count": 4, "wait_seconds": 600.0}
-    with crowd(1) as doomed:
-        doomed.order(serving.directory, journal, DATA, DIGEST, fetch_seconds=60.0)
-        victim = first_fetcher(journal)
-        people.order(serving.directory, journal, DATA, DIGEST, **order)
-        eventually(lambda: status_of(serving)["waiting"] == 4)
-        doomed.kill(victim)
-        answers = people.answers(4)
-    assert all(answer["right"] for answer in answers)
-    assert len(fetches(journal).started) == 2  # the victim's, and one other
-    assert status_of(serving)["passed_on"] == 1
-    assert max(answer["seconds"] for answer in answers) < 30
-
-
 def test_a_fetch_that_fails_hands_over_and_fails_only_its_own_process(
     people: Crowd, serving: Daemon, tmp_path: Path
 ) -> None:
@@ -94,19 +75,6 @@ def test_a_fetch_that_fails_hands_over_and_fails_only_its_own_process(
     assert failed["error"] == "OSError: the source is away"
     assert all(answer["right"] for answer in answers)
     assert len(fetches(journal).started) == 2
-
-
-def test_a_holder_that_hangs_loses_the_lease_at_its_deadline(people: Crowd, tmp_path: Path) -> None:
-    """It goes on hanging, and nobody waits for it any more."""
-    journal = tmp_path / "journal"
-    with running(limits={"lease_seconds": 2.0}) as daemon, crowd(1) as hanging:
-        hanging.order(daemon.directory, journal, DATA, DIGEST, fetch_seconds=300.0)
-        first_fetcher(journal)
-        people.order(daemon.directory, journal, DATA, DIGEST, count=4, wait_seconds=600.0)
-        answers = people.answers(4)
-        assert all(answer["right"] for answer in answers)
-        assert len(fetches(journal).started) == 2
-        assert status_of(daemon)["expired"] == 1
 
 
 def test_a_slow_fetch_makes_at_most_two_at_a_time(

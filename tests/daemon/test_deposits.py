@@ -1,7 +1,6 @@
 """Deposits: whatever the writer does, nothing wrong is kept and the room comes back."""
 
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,18 +192,6 @@ if sys.argv[2] == "commit":
 print("begun", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.mark.parametrize("step", ["write", "commit"])
-def test_a_killed_writer_leaves_nothing(client: Client, daemon: Daemon, step: str) -> None:
-    """kill -9 amid the bytes, or while the commit waits for the rest of them."""
-    with script_running(None, WRITER, daemon.directory, step) as writer:
-        assert writer.stdout is not None
-        assert poll([writer.stdout.fileno()])
-        assert client.status().stores_in_progress == 1
-        writer.send_signal(signal.SIGKILL)
-        eventually(lambda: nothing_is_kept(client))
-        eventually(lambda: client.status().sessions == 1)
 
 
 @pytest.fixture(scope="module")

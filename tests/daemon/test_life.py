@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
@@ -21,6 +20,7 @@ from tests.support.wire import (
     Client,
     Daemon,
     connected,
+    ended_well,
     eventually,
     own_environment,
     read_to_end,
@@ -36,15 +36,6 @@ def own() -> Iterator[Daemon]:
         yield daemon
 
 
-def ended_well(daemon: Daemon, status: int) -> None:
-    """It says what it did, and takes the names of its sockets away."""
-    assert status == 0, daemon.logged()
-    assert [path.name for path in daemon.directory.iterdir()] == ["daemon.lock"]
-    events = [line.split()[3] for line in daemon.logged().splitlines()]
-    assert events[:1] + events[-2:] == ["started", "stopping", "stopped"]
-    assert "security" not in events  # what it takes away itself is no alarm
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_daemon(own: Daemon, number: int) -> None:
     """With exit status 0."""
@@ -58,74 +49,6 @@ def test_an_idle_session_does_not_keep_the_daemon(own: Daemon) -> None:
         assert client.session is not None
         ended_well(own, own.stop())
         assert read_to_end(client.session) == b""
-
-
-def test_a_get_in_progress_is_finished() -> None:
-    """A large reference, asked for just before the signal, arrives whole; so does one that is
-    being streamed."""
-    data = os.urandom(24 * MIB)
-    with running() as own, Client(own.directory) as client:
-        digest = client.store(data)
-        stream = client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=SECONDS)
-        assert next(stream).size == len(data)
-        request = pb.LookupRequest(request_id=99, deltaspace=SPACE, sha256=digest)
-        call = client.stub.Lookup.future(request, metadata=client.metadata, timeout=SECONDS)
-        call.add_done_callback(lambda _: None)
-        # this answer comes after the lookup's request on the same connection
-        client.status()
-        own.process.send_signal(signal.SIGTERM)
-        assert b"".join(answer.data for answer in stream) == data
-        assert call.result().size == len(data)
-        _, descriptor = client.receive()
-        with os.fdopen(descriptor, "rb") as handout:
-            assert handout.read() == data
-        ended_well(own, own.process.wait(SECONDS))
-
-
-@pytest.mark.parametrize("step", ["writing", "committing", "streaming"])
-def test_a_store_in_progress_does_not_keep_the_daemon(own: Daemon, step: str) -> None:
-    """A writer that does not come to an end loses its store, not the user his log-out."""
-    with Client(own.directory) as client, ExitStack() as stack:
-        call = None
-        if step == "streaming":
-            begin = pb.WriteRequest(begin=pb.WriteBegin(deltaspace=SPACE, size=5 * MIB))
-            read_end, write_end = os.pipe()
-            stack.callback(os.close, read_end)
-            stack.callback(os.close, write_end)
-            call = client.stub.Write.future(_until(begin, read_end), timeout=SECONDS)
-        else:
-            request_id, write_end = client.begin(5 * MIB)
-            stack.callback(os.close, write_end)
-            os.write(write_end, b"some")
-            if step == "committing":
-                request = pb.CommitStoreRequest(request_id=request_id)
-                call = client.stub.CommitStore.future(
-                    request, metadata=client.metadata, timeout=SECONDS
-                )
-        eventually(lambda: client.status().stores_in_progress == 1)
-        ended_well(own, own.stop())
-        if call is not None:
-            assert call.code() is not grpc.StatusCode.OK
-
-
-def _until(first: pb.WriteRequest, read_end: int) -> Iterator[pb.WriteRequest]:
-    yield first
-    os.read(read_end, 1)
-
-
-def test_a_store_that_finishes_while_draining_is_answered(own: Daemon) -> None:
-    """The commit that was in progress at the signal succeeds if its bytes come in time."""
-    with Client(own.directory) as client:
-        request_id, write_end = client.begin(4)
-        request = pb.CommitStoreRequest(request_id=request_id)
-        call = client.stub.CommitStore.future(request, metadata=client.metadata, timeout=SECONDS)
-        client.status()
-        own.process.send_signal(signal.SIGTERM)
-        eventually(lambda: not (own.directory / "session.sock").exists())
-        with os.fdopen(write_end, "wb") as pipe:
-            pipe.write(b"data")
-        assert call.result().sha256
-        ended_well(own, own.process.wait(SECONDS))
 
 
 def test_nobody_is_let_in_while_draining(own: Daemon) -> None:

@@ -77,17 +77,6 @@ def test_sessions_over_the_limit_are_closed(small: Daemon) -> None:
     assert "limit-reached limit=sessions" in small.logged()
 
 
-@pytest.mark.parametrize("said", [b"", b"P", PREFACE])
-def test_who_does_not_finish_a_handshake_is_closed(small: Daemon, said: bytes) -> None:
-    """Silent, silent after a byte, or silent after the preface: the place is free again soon."""
-    with Client(small.directory, session=False) as client:
-        before = client.status().connections
-        with connected(str(small.directory / "rpc.sock"), socket.SOCK_STREAM) as silent:
-            silent.sendall(said)
-            read_to_end(silent)
-            eventually(lambda: client.status().connections == before)
-
-
 def test_an_established_connection_may_be_idle(small: Daemon) -> None:
     """The limit is on the handshake: who has shaken hands is not thrown out for waiting."""
     with Client(small.directory) as client:

@@ -146,17 +146,3 @@ def test_a_writer_that_stalls_is_told_so() -> None:
             client.stub.Write(iter(messages), timeout=10)
         messages.end()
         eventually(lambda: nothing_is_kept(client))
-
-
-def test_a_reader_that_stops_holds_up_nobody(client: Client) -> None:
-    """gRPC's and the relay's buffers fill, then the daemon waits with the rest."""
-    digest = client.store(os.urandom(20 * MIB))
-    request = pb.ReadRequest(deltaspace=SPACE, sha256=digest)
-    stalled = [client.stub.Read(request, timeout=SECONDS) for _ in range(8)]
-    for call in stalled:
-        assert next(call).size == 20 * MIB
-    assert client.store(b"bystander")
-    assert sum(len(answer.data) for answer in read(client, digest)) == 20 * MIB
-    for call in stalled:
-        call.cancel()
-    eventually(lambda: client.status().store.handout_bytes == 0)

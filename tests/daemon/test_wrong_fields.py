@@ -106,11 +106,3 @@ def test_fields_of_a_newer_protocol_are_ignored(client: Client) -> None:
     unknown = b"\xf2\x7f\x03new"
     answer = call(known + unknown, timeout=SECONDS, metadata=client.metadata)
     assert pb.ContainsResponse.FromString(answer).miss_reason == "unknown"
-
-
-@pytest.mark.parametrize("name", ["dg-session", "another"])
-def test_metadata_of_any_size_does_no_harm(client: Client, name: str) -> None:
-    """gRPC itself refuses headers over its limit; a bystander does not notice."""
-    with pytest.raises(grpc.RpcError):
-        client.stub.Status(pb.StatusRequest(), timeout=SECONDS, metadata=((name, "0" * 200_000),))
-    assert client.store(b"afterwards")

@@ -342,6 +342,15 @@ def read_to_end(connection: socket.socket) -> bytes:
     return received
 
 
+def ended_well(daemon: Daemon, status: int) -> None:
+    """It says what it did, and takes the names of its sockets away."""
+    assert status == 0, daemon.logged()
+    assert [path.name for path in daemon.directory.iterdir()] == ["daemon.lock"]
+    events = [line.split()[3] for line in daemon.logged().splitlines()]
+    assert events[:1] + events[-2:] == ["started", "stopping", "stopped"]
+    assert "security" not in events  # what it takes away itself is no alarm
+
+
 @contextmanager
 def refused(code: grpc.StatusCode) -> Iterator[list[grpc.RpcError]]:
     """Expect a call to end with this status; its error is in the list afterwards."""

@@ -6,7 +6,7 @@ import pwd
 from pathlib import Path
 from typing import Any
 
-from dgcache import Settings, launcher
+from dgcache import Settings, ending
 from dgcache.cache import connect
 from dgcache_cli import exits, template, units
 from dgcache_cli.commands.daemon import patient
@@ -117,7 +117,7 @@ def _install_for_account(steps: Steps, *, stop_other: bool) -> int:
         steps.do(
             "stop",
             f"dg-cached ({pid})",
-            lambda: launcher.stop(settings.socket_dir, os.environ),
+            lambda: ending.stop(settings.socket_dir, os.environ),
             "it ran on its own",
         )
     steps.do("reload", "the user manager", lambda: manager.run("daemon-reload"))

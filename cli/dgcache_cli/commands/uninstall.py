@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dgcache import Settings, launcher
+from dgcache import Settings, ending
 from dgcache_cli import exits, template, units
 from dgcache_cli.commands.cleanup import shown
 from dgcache_cli.commands.install import ask
@@ -180,7 +180,7 @@ def _end_other(
     if status["supervisor"] == "systemd":
         steps.find("left", name, "the system's manager runs it: dg-cache uninstall --system")
     elif purge:
-        stop = partial(launcher.stop, settings.socket_dir, os.environ)
+        stop = partial(ending.stop, settings.socket_dir, os.environ)
         steps.do("stop", name, stop, "it ran on its own")
     else:
         steps.find("left", name, "it runs on its own: dg-cache stop")
