@@ -1,4 +1,6 @@
-"""The roadmap's three attacks, made for real: a swap of what is read, another user, wrong bytes.
+"""Two of the roadmap's three attacks, made for real: a swap of what is read, and another user.
+
+The third, wrong bytes, is in tests/security/test_poisoning.py.
 
 Two real users with a daemon each; attackers are real processes. Everything is bounded in count and
 in time. What each attack is worth is shown beside it: that the attackers were at work, that the
@@ -10,35 +12,26 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from benchmarks.testbed import ROOT
 
 import dgcache
 from dgcache import Settings, copies
 from dgcache import cache as cache_module
 from dgcache_core.references import Deltaspace, Sha256
-from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.real_users import real_user
 from tests.support.wire import (
-    MIB,
     SECONDS,
-    SPACE,
-    Client,
     Daemon,
     as_user,
     eventually,
-    own_environment,
-    refused,
     running,
     script_running,
 )
@@ -496,224 +489,3 @@ def _set_modes(directory: Path, mode: int, sockets: int) -> None:
     directory.chmod(mode)
     for name in ("session.sock", "rpc.sock"):
         (directory / name).chmod(sockets)
-
-
-# -- c: wrong bytes --------------------------------------------------------------------------------
-
-GOOD, WRONG = content(11), content(12)
-GOOD_DIGEST = digest_of(GOOD)
-_SDK = """
-import sys, json, random, dgcache
-from pathlib import Path
-good, wrong = (random.Random(seed).randbytes(1_500_000) for seed in (11, 12))
-digest = sys.argv[2]
-settings = dgcache.Settings(socket_dir=Path(sys.argv[1]), connect_timeout_ms=20_000)
-"""
-_FETCH_WRONG = """
-with dgcache.open(settings) as cache:
-    try:
-        cache.get_or_fetch("bucket", "releases", digest, lambda: wrong)
-    except dgcache.InvalidReferenceError as error:
-        assert "SHA-256 mismatch" in str(error) and digest in str(error)
-        print(json.dumps([cache.backend, cache.has("bucket", "releases", digest)]))
-"""
-_STREAM_WRONG = """
-import io
-from dgcache.deltaglider import ReferenceCachePort
-class Body(io.BytesIO):
-    _content_length = len(wrong)
-with dgcache.open(settings) as cache:
-    port = ReferenceCachePort(cache)
-    assert not port.has_ref("bucket", "releases", digest)
-    try:
-        port.stream_ref("bucket", "releases", digest, Body(wrong))
-    except dgcache.InvalidReferenceError:
-        exists = port.ref_path("bucket", "releases").exists()
-        assert not exists
-        print(json.dumps([cache.backend, port.has_ref("bucket", "releases", digest)]))
-"""
-
-
-def by_pipe(client: Client) -> None:
-    request_id, write_end = client.begin(len(WRONG), bytes.fromhex(GOOD_DIGEST))
-    with os.fdopen(write_end, "wb") as pipe:
-        pipe.write(WRONG)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT):
-        client.commit(request_id)
-
-
-def by_stream(client: Client) -> None:
-    begin = pb.WriteBegin(
-        deltaspace=SPACE, size=len(WRONG), expected_sha256=bytes.fromhex(GOOD_DIGEST)
-    )
-    pieces = [WRONG[at : at + MIB] for at in range(0, len(WRONG), MIB)]
-    messages = [pb.WriteRequest(begin=begin), *(pb.WriteRequest(data=piece) for piece in pieces)]
-    with refused(grpc.StatusCode.INVALID_ARGUMENT):
-        client.stub.Write(iter(messages), timeout=SECONDS)
-
-
-def _by_program(client: Client, python: Path, script: str) -> None:
-    directory = Path(client.path("")).resolve()
-    done = subprocess.run(
-        [str(python), "-c", _SDK + script, str(directory), GOOD_DIGEST],
-        env=own_environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["dg-cached", False]
-
-
-def by_fetch(client: Client) -> None:
-    _by_program(client, ROOT / ".venv" / "bin" / "python", _FETCH_WRONG)
-
-
-def by_deltaglider(client: Client) -> None:
-    _by_program(client, ROOT / ".venv-deltaglider" / "bin" / "python", _STREAM_WRONG)
-
-
-@pytest.fixture(scope="module")
-def poisoned() -> Iterator[Daemon]:
-    """A daemon for the ways that lead through a socket."""
-    with running() as daemon:
-        yield daemon
-        assert daemon.process.poll() is None, daemon.logged()
-
-
-@pytest.mark.parametrize(
-    ("way", "before", "refusals"),
-    [
-        (by_pipe, "absent", 1),
-        (by_pipe, "cached", 1),
-        (by_stream, "absent", 1),
-        (by_stream, "cached", 1),
-        (by_deltaglider, "absent", 1),
-        (by_fetch, "absent", 0),  # the SDK itself refuses them, and the caller is told
-    ],
-)
-def test_wrong_bytes_under_a_declared_digest_are_never_kept(
-    poisoned: Daemon, way: Callable[[Client], None], before: str, refusals: int
-) -> None:
-    """Whichever way they come: refused, counted, and nothing that was cached is replaced."""
-    with Client(poisoned.directory) as client:
-        client.stub.Clear(pb.ClearRequest(), timeout=SECONDS)
-        if before == "cached":
-            client.store(GOOD)
-        counted = client.status().store.refused_stores
-        way(client)
-        assert client.status().store.refused_stores == counted + refusals
-        if before == "absent":
-            assert served(client, GOOD_DIGEST) is None
-            assert client.status().store.entries == 0
-            client.store(GOOD)
-        assert served(client, GOOD_DIGEST) == GOOD
-        assert client.status().store.entries == 1
-
-
-def served(client: Client, digest: str) -> bytes | None:
-    """Return what a lookup gives; None where it is a miss or a clear refusal."""
-    try:
-        descriptor = client.lookup(bytes.fromhex(digest))
-    except grpc.RpcError as error:
-        assert error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)  # noqa: PT017
-        return None
-    with os.fdopen(descriptor, "rb") as handout:
-        return handout.read()
-
-
-def overwritten(victim: Path, other: Path) -> None:
-    """Written into in place, and made to look as before."""
-    times = victim.stat()
-    with victim.open("r+b") as file:
-        file.seek(-1000, os.SEEK_END)
-        file.write(other.read_bytes()[-1000:-900])
-    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def renamed_over(victim: Path, other: Path) -> None:
-    """Another entry, whole and signed, under this one's name."""
-    other.rename(victim)
-
-
-def exchanged(victim: Path, other: Path) -> None:
-    """Both whole and signed, each under the other's name."""
-    victim.rename(victim.with_suffix(".x"))
-    other.rename(victim)
-    victim.with_suffix(".x").rename(other)
-
-
-def spliced(victim: Path, other: Path) -> None:
-    """This one's signed header on the other's chunks."""
-    whole, foreign = victim.read_bytes(), other.read_bytes()
-    victim.write_bytes(whole[:4096] + foreign[4096:])
-
-
-@pytest.mark.parametrize(
-    ("tamper", "when"),
-    [
-        (overwritten, "while it runs"),
-        (renamed_over, "while it runs"),
-        (exchanged, "while it runs"),
-        (overwritten, "between two lives"),
-        (renamed_over, "between two lives"),
-        (spliced, "between two lives"),
-    ],
-)
-def test_a_disk_tier_file_that_was_changed_is_never_served(
-    tmp_path: Path, tamper: Callable[[Path, Path], None], when: str
-) -> None:
-    """Under the ledger's eyes or with nobody looking: a miss or a refusal, counted and logged."""
-    tmp_path.chmod(0o700)
-    (tmp_path / "key").write_bytes(os.urandom(32))
-    (tmp_path / "key").chmod(0o600)
-    references = [content(seed) for seed in range(20, 28)]
-    disk = ("--disk-size-mb", "64", "--cache-dir", str(tmp_path))
-    options = ("--memory-size-mb", "6", *disk, "--encryption-key-file", str(tmp_path / "key"))
-    with running(options=options) as daemon, Client(daemon.directory) as client:
-        for data in references:
-            client.store(data)
-        if when == "while it runs":
-            _tamper_and_ask(daemon, client, tmp_path, references, tamper)
-            return
-        client.close()
-        assert daemon.stop(signal.SIGTERM) == 0
-    _change(tmp_path, tamper)
-    with running(options=options) as daemon, Client(daemon.directory) as client:
-        _ask(daemon, client, references)
-
-
-def _tamper_and_ask(
-    daemon: Daemon,
-    client: Client,
-    base: Path,
-    references: list[bytes],
-    tamper: Callable[[Path, Path], None],
-) -> None:
-    eventually(lambda: len(_entries(base)) >= 4)
-    _change(base, tamper)
-    _ask(daemon, client, references)
-
-
-def _entries(base: Path) -> list[Path]:
-    return sorted(path for path in base.glob("v2/disk/*/??/??/*") if path.is_file())
-
-
-def _change(base: Path, tamper: Callable[[Path, Path], None]) -> None:
-    victim, other, *_ = _entries(base)
-    with suppress(FileNotFoundError):  # the monitor was faster: it is gone in mid-change
-        tamper(victim, other)
-
-
-def _ask(daemon: Daemon, client: Client, references: list[bytes]) -> None:
-    """Every answer is right or none; at least one is none, counted and logged; then all are."""
-    answers = [served(client, digest_of(data)) for data in references]
-    assert set(map(bool, answers)) == {True, False}
-    assert all(answer in (None, data) for answer, data in zip(answers, references, strict=True))
-    status = client.status()
-    assert status.disk.alarms + status.disk.corruptions + status.store.corruptions >= 1
-    eventually(lambda: "security kind=" in daemon.logged() or "entry-dropped" in daemon.logged())
-    for data in references:
-        client.store(data)
-        assert served(client, digest_of(data)) == data

@@ -37,7 +37,6 @@ from dgcached.limits import Limits
 from dgcached.pages import event_message, page_of_entries
 from dgcached.security_events import SecurityEvents
 from dgcached.sessions import Session
-from dgcached.statuses import report_corruption
 
 T = TypeVar("T")
 
@@ -144,7 +143,6 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
             try:
                 return await self._handout(deltaspace, sha256)
             except CacheCorruptionError as error:
-                report_corruption(error)
                 miss = CacheMissError(str(error), MissReason.DROPPED_CORRUPT)
             except CacheMissError as error:
                 miss = error
@@ -159,11 +157,16 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
     async def _handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
         handout = self._store.lookup_shared(deltaspace, sha256)
         if handout is None:
-            handout = await _run_owned(
-                self._decryption,
-                lambda: self._store.lookup(deltaspace, sha256),
-                lambda unwanted: os.close(unwanted.fd),
-            )
+            try:
+                handout = await _run_owned(
+                    self._decryption,
+                    lambda: self._store.lookup(deltaspace, sha256),
+                    lambda unwanted: os.close(unwanted.fd),
+                )
+            except CacheCorruptionError as error:
+                reason = str(error).replace(sha256, sha256[:12])
+                self._security.report("entry-dropped", sha256=sha256[:12], reason=reason)
+                raise
         self._on_change()
         return handout
 

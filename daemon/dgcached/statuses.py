@@ -1,7 +1,5 @@
 """The one place where errors become gRPC status codes."""
 
-import logging
-
 import grpc
 from grpc import aio
 
@@ -14,7 +12,6 @@ from dgcache_core.errors import (
     CacheUnavailableError,
     InvalidReferenceError,
 )
-from dgcached.logs import event
 
 MISS_REASON_KEY = "dg-miss-reason"
 
@@ -34,16 +31,9 @@ class UnauthenticatedError(CacheRefusedError):
 
 async def abort_with(context: aio.ServicerContext, error: CacheError) -> None:
     """End the call with the status of `error`; a miss carries its reason."""
-    if isinstance(error, CacheCorruptionError):
-        report_corruption(error)
     if isinstance(error, UnauthenticatedError):
         code = grpc.StatusCode.UNAUTHENTICATED
     else:
         code = _CODES[type(error)]
     trailing = ((MISS_REASON_KEY, str(error.reason)),) if isinstance(error, CacheMissError) else ()
     await context.abort(code, str(error), trailing)
-
-
-def report_corruption(error: CacheCorruptionError) -> None:
-    """Log that an entry failed its check and is gone."""
-    event(logging.ERROR, "entry-dropped", reason=error)
