@@ -143,7 +143,7 @@ def _sandbox(hardening: Mapping[str, Any], *, under_systemd: bool) -> Iterator[F
     mend = (
         "PrivateUsers=yes in the unit, and a kernel that lets users have namespaces"
         if under_systemd
-        else "dg-cache stop, then let systemd run it: dg-cache install --units-only"
+        else "dg-cache stop, then let systemd run it: dg-cache install"
     )
     ignored = (
         "a user manager silently ignores ProtectSystem=, ProtectHome= and PrivateNetwork= "

@@ -225,8 +225,9 @@ def symlink(file: Path, keep: ExitStack) -> None:
     theirs = outside(file, "theirs")
     shutil.copyfile(file, theirs)
     theirs.chmod(0o600)
-    file.unlink()
-    file.symlink_to(theirs)
+    link = outside(file, "link")
+    link.symlink_to(theirs)
+    link.rename(file)  # at once: a name that is missing for a moment is an alarm of its own
 
 
 def outside(file: Path, name: str) -> Path:
