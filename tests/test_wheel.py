@@ -46,6 +46,9 @@ def test_the_wheel_has_everything_and_nothing_else(wheel: Path) -> None:
     for wanted in (
         "dgcache_cli/units/dg-cached.socket",
         "dgcache_cli/units/dg-cached.service",
+        "dgcache_cli/units/drop-ins/credential.conf",
+        "dgcache_cli/units/drop-ins/disk-tier.conf",
+        "dgcache_cli/units/drop-ins/no-user-namespaces.conf",
         "dgcache_proto/v1/dgcache.proto",
         "dgcache_proto/v1/dgcache_pb2.pyi",
         "dgcache/py.typed",

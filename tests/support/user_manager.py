@@ -58,6 +58,7 @@ mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /var/log
 mkdir /run/systemd /run/credentials
 cd /run/systemd
 mkdir -p system unit-root journal journald.conf.d user.conf.d /var/log/journal
+mkdir -p user/dg-cached.service.d
 """
 # Only a persistent journal has a file for each user (journald.conf(5), SplitMode=), and only one
 # that was flushed is used; it may not read the kernel's messages or change its auditing.
@@ -70,6 +71,9 @@ Audit=
 ForwardToSyslog=no
 ForwardToWall=no
 """
+# Our service has a /tmp of its own, where the wheel under test would not be found. Here are the
+# drop-ins of a machine; the user's own directory stays as an installation left it.
+_DROP_IN = "/run/systemd/user/dg-cached.service.d"
 # A file and not options, which the manager forgets at its first daemon-reload.
 _MANAGER_CONF = """\
 [Manager]
@@ -167,6 +171,17 @@ class UserManager:
             check=False,
         )
 
+    def run_as_root(self, argv: Sequence[str]) -> None:
+        """Run a program in the namespace; what it mounts there is gone with it."""
+        done = subprocess.run(
+            [*self._inside(), *argv],
+            pass_fds=[self._namespace_fd],
+            stdin=subprocess.DEVNULL,
+            timeout=_CALL_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, argv
+
     def systemctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `systemctl --user …`, which waits for the job it queues, at most a minute."""
         return self.run(["systemctl", "--user", "--no-pager", *arguments])
@@ -189,6 +204,10 @@ class UserManager:
                 return
             if not self.log.grows(seen, deadline - time.monotonic()):
                 raise AssertionError(f"not within {seconds} s; the log:\n{self.log.text()}")
+
+    def _readable_below_tmp(self) -> str:
+        below = sorted(path for path in self._readable if Path("/tmp") in path.parents)
+        return "".join(["[Service]\n", *(f"BindReadOnlyPaths={path}\n" for path in below)])
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -218,6 +237,7 @@ class UserManager:
             f"mount -t tmpfs -o {options} tmpfs {self.runtime_dir}",
             f"printf %s {shlex.quote(_JOURNALD_CONF)} > /run/systemd/journald.conf.d/tests.conf",
             f"printf %s {shlex.quote(_MANAGER_CONF)} > /run/systemd/user.conf.d/tests.conf",
+            f"printf %s {shlex.quote(self._readable_below_tmp())} > {_DROP_IN}/tests.conf",
             "touch /run/systemd/journal/flushed",
             f"exec setpriv --pdeathsig=TERM {_JOURNALD}",
         ]
