@@ -58,6 +58,7 @@ mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /var/log
 mkdir /run/systemd /run/credentials
 cd /run/systemd
 mkdir -p system unit-root journal journald.conf.d user.conf.d /var/log/journal
+mkdir -p user/dg-cached.service.d
 """
 # Only a persistent journal has a file for each user (journald.conf(5), SplitMode=), and only one
 # that was flushed is used; it may not read the kernel's messages or change its auditing.
@@ -70,6 +71,9 @@ Audit=
 ForwardToSyslog=no
 ForwardToWall=no
 """
+# Our service has a /tmp of its own, where the wheel under test would not be found. Here are the
+# drop-ins of a machine; the user's own directory stays as an installation left it.
+_DROP_IN = "/run/systemd/user/dg-cached.service.d"
 # A file and not options, which the manager forgets at its first daemon-reload.
 _MANAGER_CONF = """\
 [Manager]
@@ -201,6 +205,10 @@ class UserManager:
             if not self.log.grows(seen, deadline - time.monotonic()):
                 raise AssertionError(f"not within {seconds} s; the log:\n{self.log.text()}")
 
+    def _readable_below_tmp(self) -> str:
+        below = sorted(path for path in self._readable if Path("/tmp") in path.parents)
+        return "".join(["[Service]\n", *(f"BindReadOnlyPaths={path}\n" for path in below)])
+
     def _environment(self) -> dict[str, str]:
         return {
             "HOME": str(self.home),
@@ -229,6 +237,7 @@ class UserManager:
             f"mount -t tmpfs -o {options} tmpfs {self.runtime_dir}",
             f"printf %s {shlex.quote(_JOURNALD_CONF)} > /run/systemd/journald.conf.d/tests.conf",
             f"printf %s {shlex.quote(_MANAGER_CONF)} > /run/systemd/user.conf.d/tests.conf",
+            f"printf %s {shlex.quote(self._readable_below_tmp())} > {_DROP_IN}/tests.conf",
             "touch /run/systemd/journal/flushed",
             f"exec setpriv --pdeathsig=TERM {_JOURNALD}",
         ]
