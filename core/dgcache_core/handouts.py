@@ -5,6 +5,9 @@ write lease is refused while anybody else has the file open or mapped, in whatev
 after a kill -9 (fcntl(2), F_SETLEASE). The lease is given back at once. An open() that meets it in
 between makes the kernel signal us; F_SETSIG turns that signal into SIGURG, which is ignored by
 default, where SIGIO would end the process.
+
+An O_PATH descriptor holds the pages of a file and is no holder to that question. So what is closed
+here counts on until the kernel tells that the file itself is gone (`Departures`).
 """
 
 import errno
@@ -13,6 +16,7 @@ import os
 import signal
 from dataclasses import dataclass
 
+from dgcache_core.departures import Departures
 from dgcache_core.errors import CacheFullError
 from dgcache_core.memory import page_rounded
 from dgcache_core.references import Sha256
@@ -32,6 +36,7 @@ class Handout:
 class _Shared:
     fd: int
     size: int
+    watch: int | None
 
 
 class Handouts:
@@ -40,11 +45,19 @@ class Handouts:
     def __init__(self) -> None:
         self._shared: dict[Sha256, _Shared] = {}
         self.held_bytes = 0
+        """Whole pages, of those that only an O_PATH descriptor keeps as well."""
+        self._departures = Departures()
+        self._lingering: dict[int, int] = {}
         self.can_share = _lease_probe_works()
         """False on kernels where the probe fails: then a handout is neither shared nor counted."""
 
     def __len__(self) -> int:
         return len(self._shared)
+
+    @property
+    def outstanding(self) -> int:
+        """How many files were in memory at the last sweep, held or kept."""
+        return len(self._shared) + len(self._lingering)
 
     def open_shared(self, sha256: Sha256) -> Handout | None:
         """Return one more handout of a blob whose plaintext is still held, else None.
@@ -55,6 +68,7 @@ class Handouts:
         shared = self._shared.get(sha256)
         if shared is None:
             return None
+        os.fchmod(shared.fd, 0o400)  # any holder, as the owner, may have changed it for all
         return Handout(_open_again(shared.fd), shared.size, sha256)
 
     def add(self, sha256: Sha256, sealed_fd: int, size: int) -> Handout:
@@ -82,7 +96,13 @@ class Handouts:
         for sha256 in unheld:
             shared = self._shared.pop(sha256)
             os.close(shared.fd)
-            self.held_bytes -= page_rounded(shared.size)
+            if shared.watch is None:
+                self.held_bytes -= page_rounded(shared.size)
+            else:
+                self._lingering[shared.watch] = page_rounded(shared.size)
+        if self._lingering:
+            for watch in self._departures.take():
+                self.held_bytes -= self._lingering.pop(watch, 0)
         return before - self.held_bytes
 
     def close(self) -> None:
@@ -90,6 +110,8 @@ class Handouts:
         for shared in self._shared.values():
             os.close(shared.fd)
         self._shared.clear()
+        self._lingering.clear()
+        self._departures.close()
         self.held_bytes = 0
 
     def _keep(self, sha256: Sha256, sealed_fd: int, size: int) -> None:
@@ -97,7 +119,7 @@ class Handouts:
             kept = _open_again(sealed_fd)
         except CacheFullError:
             return  # handed out all the same, only not shared
-        self._shared[sha256] = _Shared(kept, size)
+        self._shared[sha256] = _Shared(kept, size, self._departures.watch(kept))
         self.held_bytes += page_rounded(size)
 
 

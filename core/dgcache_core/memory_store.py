@@ -447,8 +447,8 @@ class MemoryStore:
 
     @property
     def handouts_outstanding(self) -> int:
-        """How many plaintexts were held at the last sweep."""
-        return len(self._handouts)
+        """How many plaintexts were in memory at the last sweep."""
+        return self._handouts.outstanding
 
     # -- without the lock ------------------------------------------------------------------------
 

@@ -79,7 +79,5 @@ class Limits:
     """From one step of growing to the next."""
     disk_flush_seconds: float = 10.0
     """What writing memory to a disk tier that outlives the daemon gets at its end."""
-    accepts_at_once: int = 8
-    """Connections to rpc.sock that are let in before those who are connected get their turn."""
     backlog: int = 1024
     """listen(2): with a full backlog a client's connect fails at once (unix(7))."""

@@ -48,21 +48,22 @@ class Listener:
         self._limits = limits
         self._give_up = give_up
         self._refused = refused
-        self._server: asyncio.Server | None = None
         self._look: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+        self._starting: set[asyncio.Task[object]] = set()
         self._open: set[_Outer] = set()
         self._all_closed = asyncio.Event()
 
     async def start(self) -> None:
-        """Begin to accept. asyncio pauses accepting for a second when descriptors run out."""
-        loop = asyncio.get_running_loop()
-        # not create_unix_server: from Python 3.13 on that removes the socket's file at its close,
-        # also one that systemd made. What asyncio calls the backlog is also how many it accepts
-        # before it turns to anybody else.
-        self._server = await loop.create_server(
-            lambda: _Outer(self), sock=self._listening, backlog=self._limits.accepts_at_once
-        )
-        self._listening.listen(self._limits.backlog)
+        """Begin to accept.
+
+        Not by a server of asyncio's: without descriptors that calls accept() as often as the
+        backlog is long, every second, and from Python 3.13 on it removes the socket's file at its
+        close, also one that systemd made.
+        """
+        self._listening.setblocking(False)
+        self._begin()
 
     async def listen_on(self, listening: socket.socket) -> None:
         """Accept there from now on, and not where it was; connections go on."""
@@ -72,8 +73,29 @@ class Listener:
 
     def stop_accepting(self) -> None:
         """Let nobody else in; what is connected goes on."""
-        if self._server is not None:
-            self._server.close()
+        if self._resume is not None:
+            self._resume.cancel()
+        self._loop.remove_reader(self._listening)
+        self._listening.close()
+
+    def _begin(self) -> None:
+        self._loop.add_reader(self._listening, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:  # EMFILE, ENFILE: pause, or the loop would spin on the same event
+            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
+            self._loop.remove_reader(self._listening)
+            self._resume = self._loop.call_later(1, self._begin)
+            return
+        connection.setblocking(False)
+        made = self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
+        task: asyncio.Task[object] = self._loop.create_task(made)
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
 
     async def close(self) -> None:
         """Let the relays carry to the clients what the inner server has sent, then end them.

@@ -6,9 +6,14 @@ kernel. A session owns its deposits and its leases: its end aborts those and pas
 """
 
 import asyncio
+import errno
+import fcntl
 import logging
+import resource
 import secrets
 import socket
+import struct
+import termios
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,18 +28,37 @@ from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Peer, Registry, identify
 
 _LONGEST_PACKET = 4096
+_UNREAD_BYTES = 768
+"""What the kernel charges a socket for a descriptor that was not read yet, or a little less."""
+_ALWAYS_ADMITTED = 2
+"""So many unread descriptors each session may have, whatever all others have."""
 
 
 class Session:
     """One client, as long as it is connected."""
 
-    def __init__(self, connection: socket.socket, peer: Peer, limits: Limits) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        peer: Peer,
+        limits: Limits,
+        may_have_more: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take over a connection; `may_have_more` tells whether unread descriptors may grow."""
         self.id = secrets.token_bytes(16)
         self.peer = peer
         self.calls = asyncio.Semaphore(limits.calls_per_session)
         self.deposits: dict[int, Deposit] = {}
         self.connection = connection
         self.is_over = False
+        self._may_have_more = may_have_more
+
+    @property
+    def unread(self) -> int:
+        """How many packets the client has not read yet, about (unix(7), SIOCOUTQ)."""
+        queued = fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))
+        queued_bytes: int = struct.unpack("=i", queued)[0]
+        return -(-queued_bytes // _UNREAD_BYTES)
 
     def send(self, message: dgcache_pb2.SessionMessage, descriptor: int | None = None) -> None:
         """Send one packet, with a descriptor that stays the caller's to close.
@@ -45,6 +69,7 @@ class Session:
         """
         ancillary = []
         if descriptor is not None:
+            self._require_a_reader()
             rights = array("i", [descriptor])
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
         flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -53,6 +78,8 @@ class Session:
         except BlockingIOError as error:
             raise CacheFullError("this session has too many descriptors it has not read") from error
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise CacheFullError("this user has too many unread descriptors") from error
             raise CacheUnavailableError(f"the session is over: {error.strerror}") from error
 
     def send_descriptor(
@@ -61,6 +88,14 @@ class Session:
         """Send a descriptor for a call. Raises as `send`."""
         announced = dgcache_pb2.Descriptor(request_id=request_id, purpose=purpose)
         self.send(dgcache_pb2.SessionMessage(descriptor=announced), descriptor)
+
+    def _require_a_reader(self) -> None:
+        try:
+            crowded = self.unread >= _ALWAYS_ADMITTED and not self._may_have_more()
+        except OSError as error:
+            raise CacheUnavailableError(f"the session is over: {error.strerror}") from error
+        if crowded:
+            raise CacheFullError("there are too many descriptors that nobody has read")
 
     def __repr__(self) -> str:
         return f"<Session of {self.peer}>"
@@ -87,6 +122,9 @@ class SessionListener:
         self._hello = hello
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
+        # The kernel bounds them for all of a user's processes by RLIMIT_NOFILE (ETOOMANYREFS). A
+        # quarter, and two of each session, leave room for who reads what it is sent.
+        self._most_unread = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
     def start(self) -> None:
         """Begin to accept."""
@@ -143,7 +181,7 @@ class SessionListener:
         connection.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.unread_descriptor_bytes
         )
-        session = Session(connection, peer, self._limits)
+        session = Session(connection, peer, self._limits, self._may_have_more)
         hello = dgcache_pb2.Hello()
         hello.CopyFrom(self._hello)
         hello.session_id = session.id
@@ -154,6 +192,9 @@ class SessionListener:
         self._registry.add_session(session)
         self._loop.add_reader(connection, self._read, session)
         return session
+
+    def _may_have_more(self) -> bool:
+        return sum(session.unread for session in self._registry.sessions) < self._most_unread
 
     def _read(self, session: Session) -> None:
         try:

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
@@ -17,10 +16,8 @@ from tests.support.wire import (
     Daemon,
     as_user,
     eventually,
-    poll,
     refused,
     running,
-    script_running,
     sha256,
 )
 
@@ -45,27 +42,6 @@ def pour(write_end: int, data: bytes) -> None:
                 left = left[pipe.write(left) or 0 :]
     except BrokenPipeError:
         pass
-
-
-WRONG = {
-    "nothing": (DATA, b"", b""),
-    "less": (DATA, DATA[:-1], b""),
-    "more": (DATA, DATA + b"!", b""),
-    "much more": (DATA, DATA + bytes(8 * MIB), b""),
-    "bytes for an empty reference": (b"", b"!", b""),
-    "other bytes": (DATA, DATA[::-1], sha256(DATA)),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_deposit_keeps_nothing(client: Client, kind: str) -> None:
-    """INVALID_ARGUMENT at the commit, and the reservation is given back."""
-    announced, sent, expected = WRONG[kind]
-    request_id, write_end = client.begin(len(announced), expected)
-    pour(write_end, sent)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT):
-        client.commit(request_id)
-    eventually(lambda: nothing_is_kept(client))
 
 
 @pytest.mark.parametrize("length", [0, 1, MIB - 1, MIB, MIB + 1, 5 * MIB])
@@ -159,25 +135,6 @@ def test_a_request_id_in_use_is_refused(client: Client) -> None:
     assert client.status().store.reserved_bytes == 0
 
 
-def test_what_was_written_counts_and_not_what_the_file_holds_later(
-    client: Client, short_directory: Path
-) -> None:
-    """Spliced pages are the file's own until they are read: the digest is of the copy that is
-    stored, whichever moment wins."""
-    with Path(short_directory, "file").open("w+b") as file:
-        file.write(os.urandom(2 * MIB))
-        file.flush()
-        request_id, write_end = client.begin(2 * MIB)
-        at = 0
-        while at < 2 * MIB:
-            at += os.splice(file.fileno(), write_end, 2 * MIB - at, at)
-            os.pwrite(file.fileno(), os.urandom(4096), (at - 4096) // 4096 * 4096)
-        os.close(write_end)
-    digest = client.commit(request_id)
-    with os.fdopen(client.lookup(digest), "rb") as handout:
-        assert sha256(handout.read()) == digest
-
-
 # Begins a store, writes a part of it, says so, and waits for its end.
 WRITER = """
 from pathlib import Path
@@ -213,55 +170,6 @@ def hurried(strict: Daemon) -> Iterator[Client]:
     with Client(strict.directory) as client:
         client.call("Clear", pb.ClearRequest())
         yield client
-
-
-def test_a_writer_that_stalls_is_cut_off(hurried: Client) -> None:
-    """The room comes back without the writer's help, and the commit says why."""
-    request_id, write_end = hurried.begin(MIB)
-    os.write(write_end, b"some")
-    eventually(lambda: nothing_is_kept(hurried))
-    with pytest.raises(BrokenPipeError):
-        os.write(write_end, b"more")
-    os.close(write_end)
-    with refused(grpc.StatusCode.UNAVAILABLE) as errors:
-        hurried.commit(request_id)
-    assert "too slow" in (errors[0].details() or "")
-
-
-def test_a_writer_that_trickles_is_cut_off(hurried: Client) -> None:
-    """A byte now and then is no way to keep a reservation for ever."""
-    _, write_end = hurried.begin(MIB)
-    sent = 0
-    with pytest.raises(BrokenPipeError):
-        for _ in range(10_000):
-            sent += os.write(write_end, b"x")
-            poll([], 0.01)
-    os.close(write_end)
-    assert sent < 10_000
-    assert nothing_is_kept(hurried)
-
-
-def test_a_pipe_that_was_passed_on_does_not_outlive_the_session(client: Client) -> None:
-    """Another process holds the write end; the session's end takes its room away all the same."""
-    _, write_end = client.begin(MIB)
-    script = f"""
-heir = os.open("/proc/{os.getpid()}/fd/{write_end}", os.O_WRONLY)
-print(1, flush=True)
-sys.stdin.read()
-try:
-    os.write(heir, b"x")
-except BrokenPipeError:
-    print("broken")
-"""
-    with script_running(None, script) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline()
-        os.close(write_end)
-        assert client.status().stores_in_progress == 1
-        assert client.session is not None
-        client.session.shutdown(socket.SHUT_RDWR)
-        eventually(lambda: nothing_is_kept(client), 5)
-        assert process.communicate(timeout=SECONDS)[0] == "broken\n"
 
 
 def test_a_commit_that_waits_does_not_outlive_the_session(client: Client) -> None:

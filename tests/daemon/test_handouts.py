@@ -1,10 +1,8 @@
 """Handouts: sealed, read-only, shared while held, gone when nobody holds them."""
 
-import fcntl
 import mmap
 import os
 import signal
-import stat
 
 import pytest
 
@@ -19,48 +17,6 @@ DATA = os.urandom(2 * MIB + 3)
 def handout(client: Client) -> int:
     """A held handout of DATA."""
     return client.lookup(client.store(DATA))
-
-
-def test_nobody_can_change_a_handout(handout: int) -> None:
-    """Not through the descriptor, not by opening it anew, not by a mapping; not even as root."""
-    require_sealed(handout, len(DATA))
-    assert fcntl.fcntl(handout, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-    assert stat.S_IMODE(os.fstat(handout).st_mode) == 0o400
-    for change in (
-        lambda: os.pwrite(handout, b"!", 0),
-        lambda: os.ftruncate(handout, 1),
-        lambda: os.ftruncate(handout, len(DATA) + 1),
-        lambda: mmap.mmap(handout, 0, prot=mmap.PROT_READ | mmap.PROT_WRITE),
-        lambda: fcntl.fcntl(handout, fcntl.F_ADD_SEALS, 0),
-    ):
-        with pytest.raises(OSError):  # noqa: PT011 - EBADF, EINVAL, EPERM or EACCES: never success
-            change()
-    path = f"/proc/self/fd/{handout}"
-    for flags in (os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC):
-        try:
-            again = os.open(path, flags)
-        except PermissionError:
-            continue
-        with pytest.raises(PermissionError):
-            os.pwrite(again, b"!", 0)
-        os.close(again)
-    assert os.pread(handout, len(DATA), 0) == DATA
-    os.close(handout)
-
-
-def test_every_holder_has_his_own_place_in_it(client: Client, daemon: Daemon) -> None:
-    """What one holder seeks or sets is his own affair."""
-    digest = client.store(DATA)
-    with Client(daemon.directory) as other:
-        mine, theirs = client.lookup(digest), other.lookup(digest)
-        assert os.fstat(mine).st_ino == os.fstat(theirs).st_ino
-        os.lseek(mine, 1000, os.SEEK_SET)
-        fcntl.fcntl(mine, fcntl.F_SETFL, os.O_NONBLOCK)
-        assert os.lseek(theirs, 0, os.SEEK_CUR) == 0
-        assert not fcntl.fcntl(theirs, fcntl.F_GETFL) & os.O_NONBLOCK
-        os.close(mine)
-        assert os.pread(theirs, len(DATA), 0) == DATA
-        os.close(theirs)
 
 
 def test_a_held_blob_is_decrypted_once(client: Client) -> None:
@@ -143,33 +99,3 @@ def test_what_is_held_survives_the_daemon() -> None:
         require_sealed(descriptor, len(DATA))
         assert os.pread(descriptor, len(DATA), 0) == DATA
         os.close(descriptor)
-
-
-def test_opening_a_handout_while_it_is_probed_does_no_harm(client: Client, daemon: Daemon) -> None:
-    """An open() that meets the daemon's lease makes the kernel signal it: it lives on.
-
-    Only O_PATH leads to a file without counting as a holder, so that the lease can be met.
-    """
-    digest = client.store(b"probed")
-    place = os.open("/", os.O_PATH)
-    script = f"""
-path = '/proc/{os.getpid()}/fd/{place}'
-print(1, flush=True)
-while True:
-    try:
-        os.close(os.open(path, os.O_RDONLY))
-    except OSError:
-        pass
-"""
-    with script_running(None, script) as hammer:
-        assert hammer.stdout is not None
-        assert hammer.stdout.readline()
-        for _ in range(300):
-            descriptor = client.lookup(digest)
-            seen = os.open(f"/proc/self/fd/{descriptor}", os.O_PATH)
-            os.dup2(seen, place, inheritable=False)
-            os.close(seen)
-            os.close(descriptor)
-            eventually(lambda: client.status().store.handouts == 0)
-    os.close(place)
-    assert daemon.process.poll() is None

@@ -89,49 +89,6 @@ def test_an_established_connection_may_be_idle(small: Daemon) -> None:
         assert client.status().connections == 1
 
 
-def unread(client: Client, digest: bytes, most: int) -> int:
-    """Look up without reading, and return how many were sent until the daemon refused."""
-    for number in range(most):
-        request = pb.LookupRequest(request_id=1000 + number, deltaspace=SPACE, sha256=digest)
-        try:
-            client.call("Lookup", request)
-        except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017 - it counts
-            return number
-    return most
-
-
-def test_descriptors_nobody_reads_are_bounded(client: Client, daemon: Daemon) -> None:
-    """A client that never reads its session stops itself and no bystander, and recovers."""
-    digest = client.store(b"unread")
-    with Client(daemon.directory) as lazy:
-        sent = unread(lazy, digest, 100)
-        assert 4 <= sent <= 32
-        assert unread(lazy, digest, 1) == 0
-        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
-            lazy.call("BeginStore", pb.BeginStoreRequest(request_id=1, deltaspace=SPACE, size=MIB))
-        assert client.status().store.reserved_bytes == 0
-        for _ in range(50):
-            os.close(client.lookup(digest))
-        for _ in range(sent):
-            os.close(lazy.receive()[1])
-        os.close(lazy.lookup(digest))
-
-
-def test_a_hundred_clients_that_never_read_stop_nobody(client: Client, daemon: Daemon) -> None:
-    """The kernel bounds descriptors in flight over all sockets of a user (unix(7), ETOOMANYREFS):
-    the bystander is served all the same."""
-    digest = client.store(b"unread by all")
-    with ExitStack() as stack:
-        crowd = [stack.enter_context(Client(daemon.directory)) for _ in range(100)]
-        for lazy in crowd:
-            assert unread(lazy, digest, 20) >= 4
-        for _ in range(20):
-            os.close(client.lookup(digest))
-        assert client.store(b"a store of the bystander")
-    eventually(lambda: client.status().store.handout_bytes == 0)
-
-
 def test_a_message_over_the_limit_is_refused(client: Client) -> None:
     """RESOURCE_EXHAUSTED, and the connection goes on."""
     request = pb.ContainsRequest(deltaspace=SPACE, sha256=bytes(5 * MIB))
