@@ -47,9 +47,9 @@ from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
 from dgcached.sessions import SessionListener
 from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
-from dgcached.supervisor import Notifier
+from dgcached.supervisor import Notifier, take_watchdog_interval
 from dgcached.sweeper import Sweeper
-from dgcached.watchdog import Watchdog, take_interval
+from dgcached.watchdog import Watchdog
 
 PROTOCOL = 1
 OLDEST_PROTOCOL = 1
@@ -129,7 +129,7 @@ class Daemon:
             describe=self._describe,
         )
         self._pressure = PressureWatcher(self._store, limits)
-        self._watchdog = Watchdog(notifier, take_interval(), self._store.status)
+        self._watchdog = Watchdog(notifier, take_watchdog_interval(), self._store.status)
         self._warned_of_keys = False
         self._confinement = Confinement(0, trouble="not asked for")
 

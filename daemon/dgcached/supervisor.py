@@ -12,6 +12,7 @@ from dgcache_core.errors import CacheRefusedError
 
 _FIRST_DESCRIPTOR = 3
 _MOST_DESCRIPTORS = 64
+_MICROSECONDS = 1_000_000
 
 
 def take_listeners() -> list[socket.socket]:
@@ -77,3 +78,15 @@ def supervised_by_systemd() -> bool:
     """INVOCATION_ID is set for every process of a unit (systemd.exec(5)); SYSTEMD_EXEC_PID names
     the main one, so that a daemon started by hand from a unit's shell is not mistaken for it."""
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
+def take_watchdog_interval() -> float | None:
+    """Return the seconds between two signs of life, half of what is waited for them; None where
+    nobody waits (sd_watchdog_enabled(3)). The variables that told of it are forgotten."""
+    text = os.environ.pop("WATCHDOG_USEC", "")
+    pid = os.environ.pop("WATCHDOG_PID", "")
+    if pid not in ("", str(os.getpid())):
+        return None
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        return None
+    return int(text) / _MICROSECONDS / 2

@@ -1,32 +1,16 @@
 """Tells systemd that the daemon serves, so that one that hangs is killed and started again.
 
-sd_watchdog_enabled(3): WATCHDOG_USEC, meant for the process WATCHDOG_PID, within which WATCHDOG=1
-must be sent. It is sent at half that time, and only when two things just worked: the event loop,
-which takes each turn, and the store, whose figures need its lock. The store is asked in a thread of
-its own, since the loop's threads may all be at work on large references, which is no failure.
+WATCHDOG=1 is sent only when two things just worked: the event loop, which takes each turn, and the
+store, whose figures need its lock. The store is asked in a thread of its own, since the loop's
+threads may all be at work on large references, which is no failure.
 """
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from dgcached.supervisor import Notifier
-
-_MICROSECONDS = 1_000_000
-
-
-def take_interval() -> float | None:
-    """Return the seconds between two signs of life; None where nobody waits for them. Forget the
-    variables that told of them."""
-    text = os.environ.pop("WATCHDOG_USEC", "")
-    pid = os.environ.pop("WATCHDOG_PID", "")
-    if pid not in ("", str(os.getpid())):
-        return None
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        return None
-    return int(text) / _MICROSECONDS / 2
 
 
 class Watchdog:

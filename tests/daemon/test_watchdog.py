@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dgcached.supervisor import Notifier
-from dgcached.watchdog import Watchdog, take_interval
+from dgcached.supervisor import Notifier, take_watchdog_interval
+from dgcached.watchdog import Watchdog
 
 INTERVAL_SECONDS = 0.02
 SILENT_SECONDS = 0.3
@@ -53,7 +53,7 @@ def test_the_interval_is_half_of_what_systemd_waits(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, str(os.getpid()) if value == "own" else value)
-    assert take_interval() == seconds
+    assert take_watchdog_interval() == seconds
     assert not {"WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
 
 
