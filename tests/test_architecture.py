@@ -77,7 +77,6 @@ def test_only_entry_points_read_the_environment() -> None:
         "daemon/dgcached/logs.py",
         "daemon/dgcached/main.py",
         "daemon/dgcached/supervisor.py",
-        "daemon/dgcached/watchdog.py",
     }
 
 
