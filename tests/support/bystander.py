@@ -109,11 +109,14 @@ class Bystander:
         return service
 
     @contextmanager
-    def undisturbed(self, *, may_miss: bool = False) -> Iterator[None]:
+    def undisturbed(
+        self, *, may_miss: bool = False, floor_seconds: float = FLOOR_SECONDS
+    ) -> Iterator[None]:
         """Assert that all it asked for while the block ran was served, in time.
 
         Args:
             may_miss: the block clears or evicts, so that it may have to store its reference again.
+            floor_seconds: what a get may always take.
         """
         self.served(1)  # its first, which connects and stores
         before = self.served(_GETS_BEFORE)
@@ -128,7 +131,9 @@ class Bystander:
         print(f"before: {before}\nduring: {during}")  # pytest -rP shows it
         assert not during.wrong, during.wrong[:3]
         assert may_miss or not during.fetched
-        assert during.slowest <= max(FLOOR_SECONDS, TIMES_USUAL * before.usual), (before, during)
+        assert during.slowest <= max(floor_seconds, TIMES_USUAL * before.usual), (
+            f"{before}; then {during}"
+        )
 
 
 @contextmanager
