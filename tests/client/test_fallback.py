@@ -303,27 +303,6 @@ def test_a_daemon_that_comes_back_is_used_again(daemon: Settings) -> None:
             again.wait(30)
 
 
-def test_a_forked_child_has_a_life_of_its_own(daemon: Settings) -> None:
-    """grpc cannot be used after fork: the child falls back, the parent goes on as it was."""
-    with dgcache.open(daemon) as cache:
-        cache.put("bucket", "prefix", DATA)
-        held = cache.get("bucket", "prefix", DIGEST)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                assert held.read() == DATA
-                assert cache.backend == "memory"
-                works(cache)
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        held.close()
-        with cache.get("bucket", "prefix", DIGEST) as reference:
-            assert (reference.source, reference.read()) == ("dg-cached", DATA)
-
-
 def test_the_decision_for_the_fallback_loads_neither_grpc_nor_protobuf(
     short_directory: Path,
 ) -> None:

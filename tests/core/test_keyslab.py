@@ -1,7 +1,6 @@
 """Keys live in one protected page, die by zeroing, and are nowhere else."""
 
 import ctypes
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,36 +154,6 @@ def test_no_descriptor_leads_to_the_keys(may_fork: bool) -> None:
     slot.erase()
     slab.close()
     assert open_descriptors() == before
-
-
-FORKING = """
-import ctypes, json, os, select
-from dgcache_core.keyslab import KeySlab
-slab = KeySlab(4, may_fork=True)
-slots = [slab.new_key() for _ in range(3)]
-reader, writer = os.pipe()
-child = os.fork()
-if child == 0:
-    os.write(writer, ctypes.string_at(slab._address, slab._bytes))
-    os._exit(0)
-os.close(writer)
-page = b""
-while piece := os.read(reader, 65536):
-    page += piece
-status = os.waitpid(child, 0)[1]
-print(json.dumps({
-    "status": status,
-    "length": len(page),
-    "child": any(page),
-    "parent": [any(slot.view) for slot in slots],
-}))
-"""
-
-
-def test_a_forked_child_finds_zeros_where_the_keys_were() -> None:
-    """After a real fork the child's page is zero from end to end; the parent's keys live on."""
-    seen = json.loads(run_python(FORKING))
-    assert seen == {"status": 0, "length": 4096, "child": False, "parent": [True] * 3}
 
 
 WITHOUT_LOCK = """
