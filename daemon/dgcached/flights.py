@@ -7,6 +7,10 @@ from dgcache_core.references import Sha256
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcached.sessions import Session
 
+_LONGEST_NAP_SECONDS = 1.0
+"""Timers stand still while the machine is suspended, deadlines do not (clock_gettime(2)): so often
+the two are compared while anybody has a lease or waits for one."""
+
 
 class Flights:
     """The fetches that clients have in progress. Everything runs in the event loop."""
@@ -107,7 +111,9 @@ class Flights:
             self._timer = None
         seconds = self._leases.seconds_to_next()
         if seconds is not None and not self._closed:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
+            self._timer = asyncio.get_running_loop().call_later(
+                min(seconds, _LONGEST_NAP_SECONDS), self._tick
+            )
 
     def _tick(self) -> None:
         self._timer = None

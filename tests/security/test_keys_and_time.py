@@ -1,0 +1,142 @@
+"""Keys are used once; deadlines follow the clock that never jumps and goes on during suspend."""
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dgcache_core import aead
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.references import Deltaspace
+from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.bystander import as_root
+from tests.support.key_memory import keys_of
+from tests.support.refused_syscalls import MEMFD_SECRET, refusing
+from tests.support.turned_clocks import TurnedClocks, turned_clocks
+from tests.support.wire import SECONDS, SPACE, Client, Daemon, eventually, running
+
+_STORES = 100_000
+_YEAR = 365 * 86_400
+
+
+def test_55_no_key_meets_a_nonce_twice_in_100_000_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the store that serves, with room for few, so that every slot is used again and again;
+    every encryption there is is noted, that of the seal too."""
+    seal, pairs, times = aead._encrypt_into, set(), 0
+
+    def noted(
+        key: memoryview, nonce: bytes, plain: memoryview, associated: bytes, out: memoryview
+    ) -> None:
+        nonlocal times
+        times += 1
+        pairs.add(hashlib.blake2b(bytes(key) + nonce, digest_size=16).digest())
+        seal(key, nonce, plain, associated, out)
+
+    monkeypatch.setattr(aead, "_encrypt_into", noted)
+    space, data = Deltaspace("b", "p"), bytearray(8)
+    store = MemoryStore(1 << 20, 1000, may_fork=True, max_entries=32)
+    try:
+        for number in range(_STORES):
+            data[:] = (number % 1000).to_bytes(8, "big")  # the same content again, too
+            with store.begin(len(data), space) as ingest:
+                ingest.fill(io.BytesIO(data).readinto)
+                ingest.commit()
+    finally:
+        store.close()
+    assert times == len(pairs) == 2 * _STORES
+
+
+@as_root
+@pytest.mark.parametrize("between", ["nothing", "an eviction", "a clear"])
+def test_56_the_same_digest_stored_again_gets_a_new_key(between: str) -> None:
+    """As root sees it in the daemon's page of keys: one key each time, never one from before."""
+    with (
+        running(prefix=refusing(MEMFD_SECRET)) as daemon,
+        Client(daemon.directory) as client,
+    ):
+        seen: set[bytes] = set()
+        for _ in range(5):
+            digest = client.store(b"the same content")
+            (key,) = keys_of(daemon.pid)
+            assert key not in seen
+            seen.add(key)
+            os.close(client.lookup(digest))
+            if between == "an eviction":
+                client.call("Evict", pb.EvictRequest(deltaspace=SPACE))
+            elif between == "a clear":
+                client.call("Clear", pb.ClearRequest())
+            if between != "nothing":
+                assert keys_of(daemon.pid) == set()
+
+
+# -- 57 --------------------------------------------------------------------------------------------
+
+LEASE_SECONDS = 600.0
+
+
+@pytest.fixture
+def clocks(short_directory: Path) -> Iterator[TurnedClocks]:
+    """Clocks of a daemon that can be turned."""
+    with turned_clocks(short_directory) as made:
+        yield made
+
+
+@pytest.fixture
+def daemon(clocks: TurnedClocks) -> Iterator[Daemon]:
+    """A daemon under them."""
+    limits = {"lease_seconds": LEASE_SECONDS}
+    with running(prefix=clocks.prefix, limits=limits) as made:
+        yield made
+
+
+def asked(client: Client) -> "grpc.Future[pb.LookupResponse]":
+    """Ask for a lease, and wait longer than one lasts."""
+    request = pb.LookupRequest(
+        request_id=client.next_id(),
+        deltaspace=SPACE,
+        sha256=bytes(32),
+        on_miss=pb.LookupRequest.ON_MISS_LEASE,
+        wait_seconds=3000,
+    )
+    return client.stub.Lookup.future(request, timeout=2 * SECONDS, metadata=client.metadata)
+
+
+@pytest.mark.parametrize("years", [-10, 10])
+def test_57_a_lease_does_not_end_when_the_wall_clock_jumps(
+    daemon: Daemon, clocks: TurnedClocks, years: int
+) -> None:
+    """Neither sooner nor later: the one who waits goes on waiting, and gets the bytes."""
+    with Client(daemon.directory) as holder, Client(daemon.directory) as waiter:
+        assert asked(holder).result(SECONDS).lease.id
+        answer = asked(waiter)
+        eventually(lambda: waiter.status().leases.waiting == 1)
+        clocks.turn(wall=years * _YEAR)
+        holder.store(b"another reference, so that the table is looked at")
+        with pytest.raises(grpc.FutureTimeoutError):
+            answer.result(1.5)
+        assert waiter.status().leases.expired == 0
+        clocks.turn(wall=years * _YEAR, boot=int(LEASE_SECONDS) + 1)
+        assert answer.result(SECONDS).lease.id
+
+
+def test_57_a_suspend_counts_and_is_noticed_soon(daemon: Daemon, clocks: TurnedClocks) -> None:
+    """The machine slept longer than a lease lasts: timers have not moved on, boottime has. The one
+    who waits is given a lease within seconds, with nobody else asking anything; one who slept less
+    is not."""
+    with Client(daemon.directory) as holder, Client(daemon.directory) as waiter:
+        assert asked(holder).result(SECONDS).lease.id
+        answer = asked(waiter)
+        eventually(lambda: waiter.status().leases.waiting == 1)
+        clocks.turn(boot=int(LEASE_SECONDS) - 100)
+        with pytest.raises(grpc.FutureTimeoutError):
+            answer.result(2.5)
+        clocks.turn(boot=int(LEASE_SECONDS) + 1)
+        begun = time.monotonic()
+        assert answer.result(SECONDS).lease.id
+        assert time.monotonic() - begun < 5
+        assert waiter.status().leases.expired == 1
