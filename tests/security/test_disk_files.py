@@ -225,8 +225,8 @@ def symlink(file: Path, keep: ExitStack) -> None:
     theirs = outside(file, "theirs")
     shutil.copyfile(file, theirs)
     theirs.chmod(0o600)
-    file.unlink()
-    file.symlink_to(theirs)
+    outside(file, "symlink").symlink_to(theirs)
+    outside(file, "symlink").rename(file)
 
 
 def outside(file: Path, name: str) -> Path:
