@@ -14,6 +14,7 @@ from dgcached.host_memory import own_groups
 _PR_GET_DUMPABLE = 3
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
+_M_PERTURB, _FREED = -6, 0x5A
 _WANTED_DESCRIPTORS = 65_536
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _NEEDED = ("DG_", "XDG_", "LC_", "PYTHON", "GRPC_", "LISTEN_", "LD_", "WATCHDOG_")
@@ -53,7 +54,9 @@ def harden() -> None:
     """Create nothing for others, leave no core, and let no process of the same user look in.
 
     Not dumpable means: no ptrace, no /proc/PID/mem, fd or maps, no core even where core_pattern is
-    a pipe, which RLIMIT_CORE does not stop (prctl(2), core(5)).
+    a pipe, which RLIMIT_CORE does not stop (prctl(2), core(5)). Memory is overwritten when it is
+    freed where the C library can do that (mallopt(3), M_PERTURB): what came as a byte stream passed
+    through gRPC's buffers.
     """
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -62,6 +65,8 @@ def harden() -> None:
     if _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
     _drop_capabilities()
+    with suppress(AttributeError):  # another C library than GNU's
+        _libc().mallopt(_M_PERTURB, _FREED)
 
 
 def _drop_capabilities() -> None:

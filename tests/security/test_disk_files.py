@@ -225,9 +225,8 @@ def symlink(file: Path, keep: ExitStack) -> None:
     theirs = outside(file, "theirs")
     shutil.copyfile(file, theirs)
     theirs.chmod(0o600)
-    link = outside(file, "link")
-    link.symlink_to(theirs)
-    link.rename(file)  # at once: a name that is missing for a moment is an alarm of its own
+    outside(file, "symlink").symlink_to(theirs)
+    outside(file, "symlink").rename(file)
 
 
 def outside(file: Path, name: str) -> Path:

@@ -14,7 +14,7 @@ from dgcache_core import aead
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.references import Deltaspace
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from tests.support.bystander import as_root
+from tests.support.bystander_in_process import as_root
 from tests.support.key_memory import keys_of
 from tests.support.refused_syscalls import MEMFD_SECRET, refusing
 from tests.support.turned_clocks import TurnedClocks, turned_clocks
