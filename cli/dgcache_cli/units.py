@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError
@@ -141,6 +140,8 @@ def daemon_program() -> Path:
 
 def _source(name: str) -> str:
     """Read a unit from the wheel, or from the tree in an editable installation."""
+    from importlib.resources import files
+
     packaged = files("dgcache_cli") / "units" / name
     if packaged.is_file():
         return packaged.read_text()
