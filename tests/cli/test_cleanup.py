@@ -801,7 +801,7 @@ def test_the_commands_of_the_way_back_remove_every_file_that_was_made(host: Host
     dg_cache("install", "--units-only")
     dg_cache("shim", str(host.home / ".local/lib/dg-cache"))
     made = [path for place in (host.home, runtime) for path in place.rglob("*")]
-    assert len([path for path in made if path.is_file()]) == 8
+    assert len([path for path in made if path.is_file()]) == 9
     assert (host.account / "v2" / "ephemeral").is_dir()
     commands = re.findall(r"^\|.*\| `(rm -[^`]+)`", MIGRATION.read_text(), re.MULTILINE)
     assert len(commands) == 6

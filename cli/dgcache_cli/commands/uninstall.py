@@ -10,7 +10,6 @@ from dgcache import Settings, ending
 from dgcache_cli import exits, template, units
 from dgcache_cli.commands.cleanup import shown
 from dgcache_cli.commands.install import ask
-from dgcache_cli.findings import daemon_from_here
 from dgcache_cli.manager import Manager
 from dgcache_cli.output import human_size
 from dgcache_cli.places import SYSTEM_SOCKETS, Place, find_places, others, remove_place
@@ -132,6 +131,8 @@ def _remove_empty_bases(steps: Steps, bases: list[Path]) -> None:
 
 def _settings(steps: Steps) -> tuple[Settings, list[Path]]:
     """Return the settings, and the bases of what is kept in files, the default's among them."""
+    from dgcache_cli.findings import daemon_from_here
+
     bases = [base_directory(None)]
     try:
         settings = Settings.from_environment()
