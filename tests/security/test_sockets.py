@@ -89,7 +89,7 @@ def test_16_start_makes_private_files_whatever_the_umask(short_directory: Path, 
         assert started.returncode == 0, started.stderr
         assert modes(place) == {**FILES, "start.lock": 0o600}
         assert modes(state) == {"dg-cached": 0o700}
-        assert modes(state / "dg-cached") == {"dg-cached.log": 0o600}
+        assert modes(state / "dg-cached") == {"dg-cached.log": 0o600, "dg-cached.log.1": 0o600}
     finally:
         run("dgcache_cli", "stop", **environ)
 
