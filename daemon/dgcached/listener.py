@@ -19,6 +19,7 @@ from typing import cast
 
 from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
+from dgcached.accepting import Accepting
 from dgcached.control_frames import ControlFrames
 from dgcached.limits import Limits
 from dgcached.logs import event
@@ -42,7 +43,6 @@ class Listener:
         give_up: Callable[[str], None],
         refused: RefusedPeers,
     ) -> None:
-        self._listening = listening
         self._inner_path = inner_path
         self._registry = registry
         self._limits = limits
@@ -50,48 +50,28 @@ class Listener:
         self._refused = refused
         self._look: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._resume: asyncio.TimerHandle | None = None
+        self._accepting = Accepting("rpc", listening, self._relay)
         self._starting: set[asyncio.Task[object]] = set()
         self._open: set[_Outer] = set()
         self._all_closed = asyncio.Event()
 
     async def start(self) -> None:
-        """Begin to accept.
-
-        Not by a server of asyncio's: without descriptors that calls accept() as often as the
-        backlog is long, every second, and from Python 3.13 on it removes the socket's file at its
-        close, also one that systemd made.
-        """
-        self._listening.setblocking(False)
-        self._begin()
+        """Begin to accept."""
+        self._accepting.listening.setblocking(False)
+        self._accepting.start()
 
     async def listen_on(self, listening: socket.socket) -> None:
         """Accept there from now on, and not where it was; connections go on."""
         self.stop_accepting()
-        self._listening = listening
+        self._accepting.listening = listening
         await self.start()
 
     def stop_accepting(self) -> None:
         """Let nobody else in; what is connected goes on."""
-        if self._resume is not None:
-            self._resume.cancel()
-        self._loop.remove_reader(self._listening)
-        self._listening.close()
+        self._accepting.stop()
+        self._accepting.listening.close()
 
-    def _begin(self) -> None:
-        self._loop.add_reader(self._listening, self._accept)
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listening.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:  # EMFILE, ENFILE: pause, or the loop would spin on the same event
-            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
-            self._loop.remove_reader(self._listening)
-            self._resume = self._loop.call_later(1, self._begin)
-            return
-        connection.setblocking(False)
+    def _relay(self, connection: socket.socket) -> None:
         made = self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
         task: asyncio.Task[object] = self._loop.create_task(made)
         self._starting.add(task)

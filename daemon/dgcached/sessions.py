@@ -21,6 +21,7 @@ from contextlib import suppress
 from dgcache_core.errors import CacheFullError, CacheRefusedError, CacheUnavailableError
 from dgcache_core.peers import require_same_user
 from dgcache_proto.v1 import dgcache_pb2
+from dgcached.accepting import Accepting
 from dgcached.deposits import Deposit
 from dgcached.limits import Limits
 from dgcached.logs import event
@@ -116,48 +117,35 @@ class SessionListener:
         """Serve `listening`; `on_end` hears of every session that is over."""
         self._on_end = on_end
         self._refused = refused
-        self._listening = listening
         self._registry = registry
         self._limits = limits
         self._hello = hello
         self._loop = asyncio.get_running_loop()
-        self._resume: asyncio.TimerHandle | None = None
+        self._accepting = Accepting("session", listening, self._take)
         # The kernel bounds them for all of a user's processes by RLIMIT_NOFILE (ETOOMANYREFS). A
         # quarter, and two of each session, leave room for who reads what it is sent.
         self._most_unread = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
     def start(self) -> None:
         """Begin to accept."""
-        self._loop.add_reader(self._listening, self._accept)
+        self._accepting.start()
 
     def listen_on(self, listening: socket.socket) -> None:
         """Accept there from now on, and not where it was; sessions go on."""
         self.stop_accepting()
-        self._listening = listening
+        self._accepting.listening = listening
         self.start()
 
     def stop_accepting(self) -> None:
         """Let nobody else in."""
-        if self._resume is not None:
-            self._resume.cancel()
-        self._loop.remove_reader(self._listening)
+        self._accepting.stop()
 
     def close(self) -> None:
         """End every session; `stop_accepting` comes first."""
         for session in self._registry.sessions:
             self._end(session)
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listening.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:  # EMFILE, ENFILE: pause, or the loop would spin on the same event
-            event(logging.ERROR, "accept-failed", socket="session", reason=error.strerror)
-            self._loop.remove_reader(self._listening)
-            self._resume = self._loop.call_later(1, self.start)
-            return
-        connection.setblocking(False)
+    def _take(self, connection: socket.socket) -> None:
         session = None
         try:
             session = self._admit(connection)
