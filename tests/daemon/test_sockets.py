@@ -3,13 +3,13 @@
 import os
 import shlex
 import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.socket_files import run
 from tests.support.wire import (
     FOREIGN_UID,
     OWNER_UID,
@@ -18,26 +18,6 @@ from tests.support.wire import (
     own_environment,
     running,
 )
-
-FILES = {"rpc.sock": 0o600, "session.sock": 0o600, "daemon.lock": 0o600, "inner": 0o700}
-
-
-def run(*argv: str | Path, umask: int = -1, **environ: str) -> "subprocess.CompletedProcess[str]":
-    """Run one of our programs to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, argv)],
-        env={**own_environment(), **environ},
-        capture_output=True,
-        text=True,
-        timeout=2 * SECONDS,
-        check=False,
-        umask=umask,
-    )
-
-
-def modes(directory: Path) -> dict[str, int]:
-    """Return the mode of everything in a directory."""
-    return {path.name: stat.S_IMODE(path.lstat().st_mode) for path in directory.iterdir()}
 
 
 def test_a_directory_whose_name_is_no_text_serves(short_directory: Path) -> None:

@@ -11,29 +11,13 @@ from pathlib import Path
 import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from tests.support.disk_daemon import Home, fill, found, lines, reference
+from tests.support.disk_daemon import LOCK_READS_ONLY, Home, fill, found, lines, reference
 from tests.support.wire import Client, eventually
 
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system"),
 ]
-
-# remounting is refused while a descriptor is open for writing; a disk that fails asks nobody
-_LOCK_READS_ONLY = """
-import os, sys
-from dgcache_core.disk_files import TierDirectory
-lock = TierDirectory._lock
-def reading(self):
-    writing = lock(self)
-    descriptor = os.open(f"/proc/self/fd/{writing}", os.O_RDONLY | os.O_CLOEXEC)
-    os.close(writing)
-    return descriptor
-TierDirectory._lock = reading
-program = sys.argv[3]  # behind the interpreter and its -c
-sys.argv = ["-c", *sys.argv[4:]]
-exec(program)
-"""
 
 
 @pytest.fixture
@@ -76,7 +60,7 @@ def test_69_a_disk_in_trouble_is_one_alarm_and_memory_goes_on(
     home = small_disk
     with (
         home.daemon(
-            prefix=(sys.executable, "-c", _LOCK_READS_ONLY), limits={"audit_seconds": 0.2}
+            prefix=(sys.executable, "-c", LOCK_READS_ONLY), limits={"audit_seconds": 0.2}
         ) as daemon,
         Client(daemon.directory) as client,
     ):

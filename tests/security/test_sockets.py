@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 import dgcache
 from tests.security.test_directories import squatted, use
+from tests.support.socket_files import FILES, modes, run
 from tests.support.wire import (
     FOREIGN_UID,
     OWNER_UID,
@@ -24,26 +24,6 @@ from tests.support.wire import (
     running,
     script_running,
 )
-
-FILES = {"rpc.sock": 0o600, "session.sock": 0o600, "daemon.lock": 0o600, "inner": 0o700}
-
-
-def run(*argv: str | Path, umask: int = -1, **environ: str) -> "subprocess.CompletedProcess[str]":
-    """Run one of our programs to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, argv)],
-        env={**own_environment(), **environ},
-        capture_output=True,
-        text=True,
-        timeout=2 * SECONDS,
-        check=False,
-        umask=umask,
-    )
-
-
-def modes(directory: Path) -> dict[str, int]:
-    """Return the mode of everything in a directory."""
-    return {path.name: stat.S_IMODE(path.lstat().st_mode) for path in directory.iterdir()}
 
 
 @pytest.mark.root
