@@ -10,6 +10,7 @@ import pytest
 from dgcache import Settings
 from dgcache.cache import ReferenceCache
 from dgcache.testing import daemon_cache, running_daemon
+from tests.support.user_manager import UserManager, require_user_manager, shared_wheel, succeed
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,20 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReferenceC
     with ReferenceCache(settings) as in_process:
         yield in_process
         assert in_process.backend == backend
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` directory of the installed wheel, for users who have a manager."""
+    require_user_manager()
+    return shared_wheel(tmp_path_factory)
+
+
+@pytest.fixture
+def manager(programs: Path) -> Iterator[UserManager]:
+    """A user manager whose user has installed the units, and done nothing else."""
+    with UserManager(readable=[programs.parent]) as running:
+        installed = running.run([programs / "dg-cache", "install", "--units-only"])
+        assert installed.returncode == 0, installed.stderr
+        succeed(running, "daemon-reload")
+        yield running

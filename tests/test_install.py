@@ -1,14 +1,13 @@
 """install and uninstall in a real user manager: what they put in place, start, and leave."""
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.user_manager import UserManager, installed_wheel, require_user_manager
+from tests.support.user_manager import UserManager
 
 pytestmark = pytest.mark.root
 
@@ -29,15 +28,6 @@ with dgcache.open() as cache:
         print("done")
 """
 PATIENT = {"DG_CACHE_CONNECT_TIMEOUT_MS": "20000"}
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` directory of the installed wheel, one for all workers of a run."""
-    require_user_manager()
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return installed_wheel(shared / "wheel")
 
 
 class Account:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pwd
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from tests.support.real_users import real_user
 from tests.support.system_manager import SystemManager, require_system_manager
-from tests.support.user_manager import installed_wheel
+from tests.support.user_manager import shared_wheel
 from tests.support.wire import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -33,9 +32,7 @@ PATIENT = {"DG_CACHE_CONNECT_TIMEOUT_MS": "20000"}
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` directory of the installed wheel, one for all workers of a run."""
     require_system_manager()
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return installed_wheel(shared / "wheel")
+    return shared_wheel(tmp_path_factory)
 
 
 @pytest.fixture

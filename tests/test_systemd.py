@@ -1,13 +1,11 @@
 """The user units in a real user manager: installed from the wheel, started, woken, killed."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.user_manager import UserManager, installed_wheel, require_user_manager
+from tests.support.user_manager import UserManager, succeed
 
 pytestmark = pytest.mark.root
 
@@ -27,32 +25,6 @@ SERVED = {"same": True, "backend": "dg-cached"}
 # A busy test machine may take longer than the default 50 ms to answer; only where that is the
 # subject does a client keep the default.
 PATIENT = {"DG_CACHE_CONNECT_TIMEOUT_MS": "20000"}
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` directory of the installed wheel, one for all workers of a run."""
-    require_user_manager()
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return installed_wheel(shared / "wheel")
-
-
-@pytest.fixture
-def manager(programs: Path) -> Iterator[UserManager]:
-    """A user manager whose user has installed the units, and done nothing else."""
-    with UserManager(readable=[programs.parent]) as running:
-        installed = running.run([programs / "dg-cache", "install", "--units-only"])
-        assert installed.returncode == 0, installed.stderr
-        succeed(running, "daemon-reload")
-        yield running
-
-
-def succeed(manager: UserManager, *arguments: str) -> str:
-    """Run `systemctl --user …`, which must succeed, and return what it prints."""
-    done = manager.systemctl(*arguments)
-    assert done.returncode == 0, f"{done.stderr}\n{manager.log.text()}"
-    return done.stdout
 
 
 def client(manager: UserManager, programs: Path, env: dict[str, str]) -> dict[str, object]:

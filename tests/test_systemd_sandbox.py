@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.etc import own_etc
-from tests.support.user_manager import UserManager, installed_wheel, require_user_manager
+from tests.support.user_manager import UserManager, succeed
 from tests.support.wire import eventually
 from tests.test_systemd import (
     PATIENT,
@@ -23,7 +22,6 @@ from tests.test_systemd import (
     client,
     sockets,
     state,
-    succeed,
 )
 
 pytestmark = pytest.mark.root
@@ -71,25 +69,6 @@ import dgcache, sys
 with dgcache.open() as cache, cache.get("bucket", "releases", sys.argv[1]) as reference:
     print(cache.backend, reference.read() == b"kept" * 100_000)
 """
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` directory of the installed wheel, one for all workers of a run."""
-    require_user_manager()
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return installed_wheel(shared / "wheel")
-
-
-@pytest.fixture
-def manager(programs: Path) -> Iterator[UserManager]:
-    """A user manager whose user has installed the units, and done nothing else."""
-    with UserManager(readable=[programs.parent]) as running:
-        installed = running.run([programs / "dg-cache", "install", "--units-only"])
-        assert installed.returncode == 0, installed.stderr
-        succeed(running, "daemon-reload")
-        yield running
 
 
 def units(manager: UserManager) -> Path:

@@ -120,6 +120,13 @@ def installed_wheel(prefix: Path) -> Path:
     return prefix / "bin"
 
 
+def shared_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the `bin` directory of the installed wheel, one for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return installed_wheel(shared / "wheel")
+
+
 class UserManager:
     """A running user manager; a context manager. `readable` are directories its user must reach."""
 
@@ -306,6 +313,13 @@ class UserManager:
         finally:
             process.kill()
             process.wait(_STOP_SECONDS)
+
+
+def succeed(manager: UserManager, *arguments: str) -> str:
+    """Run `systemctl --user …`, which must succeed, and return what it prints."""
+    done = manager.systemctl(*arguments)
+    assert done.returncode == 0, f"{done.stderr}\n{manager.log.text()}"
+    return done.stdout
 
 
 class _Log:
