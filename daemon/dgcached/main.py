@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the daemon and return its exit status."""
     harden()
     arguments = _parse(argv)
-    notifier = Notifier()
+    with Notifier() as notifier:
+        return _run(arguments, notifier)
+
+
+def _run(arguments: argparse.Namespace, notifier: Notifier) -> int:
     try:
         handed_over = take_listeners()
     except CacheRefusedError as error:

@@ -60,6 +60,13 @@ class Notifier:
         else:
             self._sender = sender
 
+    def __enter__(self) -> "Notifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
     def fileno(self) -> int:
         """Return its descriptor, or -1."""
         return self._sender.fileno() if self._sender is not None else -1

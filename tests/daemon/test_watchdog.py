@@ -18,6 +18,13 @@ SILENT_SECONDS = 0.3
 
 
 @pytest.fixture
+def notifier(supervisor: socket.socket) -> Iterator[Notifier]:
+    """What leads to it."""
+    with Notifier() as sender:
+        yield sender
+
+
+@pytest.fixture
 def supervisor(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A socket as NOTIFY_SOCKET names one."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
@@ -57,11 +64,11 @@ def test_the_interval_is_half_of_what_systemd_waits(
     assert not {"WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
 
 
-def test_signs_of_life_go_on(supervisor: socket.socket) -> None:
+def test_signs_of_life_go_on(supervisor: socket.socket, notifier: Notifier) -> None:
     """One at once and one after each interval; none after the end."""
 
     async def three() -> list[bytes]:
-        watchdog = Watchdog(Notifier(), INTERVAL_SECONDS, lambda: None)
+        watchdog = Watchdog(notifier, INTERVAL_SECONDS, lambda: None)
         watchdog.start()
         got = [await asyncio.to_thread(supervisor.recv, 100) for _ in range(3)]
         await watchdog.stop()
@@ -74,12 +81,14 @@ def test_signs_of_life_go_on(supervisor: socket.socket) -> None:
             supervisor.recv(100)
 
 
-def test_a_store_that_does_not_answer_is_no_sign_of_life(supervisor: socket.socket) -> None:
+def test_a_store_that_does_not_answer_is_no_sign_of_life(
+    supervisor: socket.socket, notifier: Notifier
+) -> None:
     """The loop, which still turns, sends none on its behalf, and stopping does not wait for it."""
     lock = threading.Lock()
 
     async def hang() -> None:
-        watchdog = Watchdog(Notifier(), INTERVAL_SECONDS, lambda: lock.acquire() and lock.release())
+        watchdog = Watchdog(notifier, INTERVAL_SECONDS, lambda: lock.acquire() and lock.release())
         watchdog.start()
         assert await asyncio.to_thread(supervisor.recv, 100) == b"WATCHDOG=1"
         with lock:
@@ -92,11 +101,13 @@ def test_a_store_that_does_not_answer_is_no_sign_of_life(supervisor: socket.sock
     asyncio.run(hang())
 
 
-def test_a_loop_that_takes_no_turn_is_no_sign_of_life(supervisor: socket.socket) -> None:
+def test_a_loop_that_takes_no_turn_is_no_sign_of_life(
+    supervisor: socket.socket, notifier: Notifier
+) -> None:
     """The thread that asks the store does not send by itself."""
 
     async def hang() -> None:
-        watchdog = Watchdog(Notifier(), INTERVAL_SECONDS, lambda: None)
+        watchdog = Watchdog(notifier, INTERVAL_SECONDS, lambda: None)
         watchdog.start()
         assert await asyncio.to_thread(supervisor.recv, 100) == b"WATCHDOG=1"
         supervisor.settimeout(SILENT_SECONDS)
@@ -108,11 +119,11 @@ def test_a_loop_that_takes_no_turn_is_no_sign_of_life(supervisor: socket.socket)
     asyncio.run(hang())
 
 
-def test_where_nobody_waits_nothing_is_sent(supervisor: socket.socket) -> None:
+def test_where_nobody_waits_nothing_is_sent(supervisor: socket.socket, notifier: Notifier) -> None:
     """Without WATCHDOG_USEC there is no task."""
 
     async def run() -> None:
-        watchdog = Watchdog(Notifier(), None, lambda: None)
+        watchdog = Watchdog(notifier, None, lambda: None)
         watchdog.start()
         await asyncio.sleep(0)
         await watchdog.stop()
@@ -124,10 +135,9 @@ def test_where_nobody_waits_nothing_is_sent(supervisor: socket.socket) -> None:
 
 
 def test_a_supervisor_that_was_too_busy_hears_the_next_sign(
-    supervisor: socket.socket,
+    supervisor: socket.socket, notifier: Notifier
 ) -> None:
     """A full queue loses one message and not all that follow."""
-    notifier = Notifier()
     for _ in range(100):  # more than the queue of a datagram socket takes (unix(7))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
