@@ -5,6 +5,7 @@ import json
 import pwd
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,22 +114,67 @@ def test_an_instance_named_otherwise_than_by_the_uid_is_refused(
     assert f"name the instance by the uid: dg-cached@{accounts[0].pw_uid}" in manager.log()
 
 
+@pytest.fixture
+def with_disk(manager: SystemManager) -> SystemManager:
+    """The same manager; every instance of the template has a disk tier."""
+    drop_in = "/etc/systemd/system/dg-cached@.service.d"
+    size = "[Service]\\nEnvironment=DG_CACHE_DISK_SIZE_MB=64 DG_CACHE_MEMORY_SIZE_MB=16\\n"
+    manager.succeed("sh", "-c", f"mkdir {drop_in}; printf '{size}' > {drop_in}/disk.conf")
+    manager.succeed("systemctl", "daemon-reload")
+    return manager
+
+
+def status(manager: SystemManager, programs: Path, account: pwd.struct_passwd) -> dict[str, Any]:
+    """Return what an account's daemon says of itself."""
+    asked = [programs / "dg-cache", "status", "--json"]
+    told = manager.run(asked, PATIENT, uid=account.pw_uid, home=account.pw_dir)
+    assert told.returncode == 0, f"{told.stderr}\n{manager.log()}"
+    said: dict[str, Any] = json.loads(told.stdout)
+    return said
+
+
+def key_origin(said: dict[str, Any]) -> str:
+    (origin,) = [
+        one["origin"] for one in said["settings"] if one["name"] == "DG_CACHE_ENCRYPTION_KEY"
+    ]
+    return str(origin)
+
+
 def test_the_disk_tier_is_in_the_system_s_cache_and_a_missing_key_is_no_failure(
-    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+    with_disk: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
 ) -> None:
     """Homes are read-only for an instance, and /var/cache has a private directory for each."""
     uid = accounts[0].pw_uid
-    service = f"dg-cached@{uid}.service"
-    drop_in = "/etc/systemd/system/dg-cached@.service.d"
-    size = "[Service]\\nEnvironment=DG_CACHE_DISK_SIZE_MB=64 DG_CACHE_MEMORY_SIZE_MB=3\\n"
-    manager.succeed("sh", "-c", f"mkdir {drop_in}; printf '{size}' > {drop_in}/disk.conf")
-    manager.succeed("systemctl", "daemon-reload")
-    manager.succeed("systemctl", "start", service)
-    asked = [programs / "dg-cache", "status", "--json"]
-    told = manager.run(asked, PATIENT, uid=uid, home=accounts[0].pw_dir)
-    disk = json.loads(told.stdout)["disk"]
-    assert disk["enabled"]
-    assert disk["directory"].startswith(f"/var/cache/dg-cached/{uid}/")
+    with_disk.succeed("systemctl", "start", f"dg-cached@{uid}.service")
+    said = status(with_disk, programs, accounts[0])
+    assert said["disk"]["enabled"]
+    assert said["disk"]["directory"].startswith(f"/var/cache/dg-cached/{uid}/")
+    assert (key_origin(said), said["disk"]["persistent"]) == ("default", False)
+    assert "cannot look into" not in with_disk.log()
+
+
+def test_the_disk_tier_with_the_account_s_key_outlives_a_restart(
+    with_disk: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Root keeps the key in the store of credentials (here /run's, which systemd searches as well
+    as /etc's), the account has a copy that nobody else can read, and another account has none."""
+    first, second = accounts
+    with_disk.succeed(
+        "sh",
+        "-euc",
+        "umask 077; mkdir /run/credstore; head -c 32 /dev/urandom | base64"
+        f" > /run/credstore/dg-cache-key.{first.pw_uid}",
+    )
+    for account in accounts:
+        with_disk.succeed("systemctl", "start", f"dg-cached@{account.pw_uid}.service")
+    said = status(with_disk, programs, first)
+    assert (key_origin(said), said["disk"]["persistent"]) == ("credential dg-cache-key", True)
+    assert key_origin(status(with_disk, programs, second)) == "default"
+    copy = f"/run/credentials/dg-cached@{first.pw_uid}.service/dg-cache-key"
+    assert with_disk.run(["cat", copy], uid=second.pw_uid).returncode != 0
+    _, digest, _ = use(with_disk, programs, first)
+    with_disk.succeed("systemctl", "restart", f"dg-cached@{first.pw_uid}.service")
+    assert use(with_disk, programs, first, digest)[::2] == ("dg-cached", True)
 
 
 def test_uninstall_stops_every_instance_and_leaves_nothing(
