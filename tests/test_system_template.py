@@ -177,6 +177,91 @@ def test_the_disk_tier_with_the_account_s_key_outlives_a_restart(
     assert use(with_disk, programs, first, digest)[::2] == ("dg-cached", True)
 
 
+def test_an_account_ends_and_wakes_its_own_daemon_and_is_told_what_root_must_do(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """`dg-cache stop`, `start` and `restart` by the account itself, which may not ask systemd."""
+    account = accounts[0]
+    service = f"dg-cached@{account.pw_uid}.service"
+    manager.succeed("systemctl", "start", service)
+
+    def said(*words: str) -> str:
+        argv = [programs / "dg-cache", *words]
+        done = manager.run(argv, PATIENT, uid=account.pw_uid, home=account.pw_dir)
+        assert (done.returncode, done.stderr) == (0, ""), manager.log()
+        return done.stdout
+
+    def pid() -> str:
+        return manager.show(service, "MainPID")["MainPID"]
+
+    before = pid()
+    advice = f"sudo systemctl stop dg-cached@{account.pw_uid}.socket"
+    stopped = said("stop")
+    assert stopped.startswith("dg-cached (pid ")
+    assert stopped.endswith(f"{advice}\n")
+    eventually(lambda: manager.show(service, "ActiveState")["ActiveState"] == "inactive")
+    assert said("stop").startswith("dg-cached is not running; ")
+    assert pid() == "0"  # to look is not to wake
+    assert said("start") == f"{service} serves\n"
+    woken = pid()
+    assert woken not in {"0", before}
+    assert said("start").startswith("dg-cached already serves in /run/dg-cached/")
+    assert said("restart") == f"{service} serves\n"
+    assert pid() not in {"0", woken}
+    assert manager.show(service, "Result")["Result"] == "success"
+
+
+def test_the_first_start_wakes_an_instance_whose_sockets_are_root_s_as_yet(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """No second daemon is started beside it."""
+    account = accounts[0]
+    manager.succeed("systemctl", "start", f"dg-cached@{account.pw_uid}.socket")
+    start = [programs / "dg-cache", "start"]
+    done = manager.run(start, PATIENT, uid=account.pw_uid, home=account.pw_dir)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"dg-cached@{account.pw_uid}.service serves\n",
+        "",
+    )
+    assert status(manager, programs, account)["supervisor"] == "systemd"
+
+
+def test_root_stops_and_restarts_an_instance_by_its_manager(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Where its directory is named; stopping ends the listening, too."""
+    uid = accounts[0].pw_uid
+    service = f"dg-cached@{uid}.service"
+    manager.succeed("systemctl", "start", service)
+    before = manager.show(service, "MainPID")
+    named = {"DG_CACHE_SOCKET_DIR": f"/run/dg-cached/{uid}"}
+    for words, answer in (
+        (("restart",), f"{service} serves\n"),
+        (("stop",), f"dg-cached@{uid}.socket and {service} stopped\n"),
+    ):
+        done = manager.run([programs / "dg-cache", *words], named)
+        assert (done.returncode, done.stdout) == (0, answer), done.stderr
+        assert manager.show(service, "MainPID") != before
+    for unit in (service, f"dg-cached@{uid}.socket"):
+        assert manager.show(unit, "ActiveState")["ActiveState"] == "inactive"
+
+
+def test_the_log_of_an_instance_is_shown_or_the_command_that_shows_it(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """Root reads every journal; who may read none is told the command."""
+    uid = accounts[0].pw_uid
+    service = f"dg-cached@{uid}.service"
+    manager.succeed("systemctl", "start", service)
+    logs = [programs / "dg-cache", "logs"]
+    named = {"DG_CACHE_SOCKET_DIR": f"/run/dg-cached/{uid}"}
+    eventually(lambda: " started build=" in manager.run(logs, named).stdout)
+    refused = manager.run(logs, uid=uid, home=accounts[0].pw_dir)
+    assert (refused.returncode, refused.stdout) == (77, "")
+    assert refused.stderr.endswith(f"sudo journalctl --unit {service}\n")
+
+
 def test_uninstall_stops_every_instance_and_leaves_nothing(
     manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
 ) -> None:

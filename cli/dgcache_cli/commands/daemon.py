@@ -12,9 +12,9 @@ from typing import Any
 
 from dgcache import Settings, ending, launcher
 from dgcache.cache import connect
-from dgcache_cli import exits
+from dgcache_cli import exits, instance
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
-from dgcache_core.errors import CacheError, CacheUnavailableError
+from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError
 from dgcache_core.settings import DaemonSettings, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
@@ -87,6 +87,11 @@ def patient(settings: Settings) -> Settings:
 
 def _start(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    waiting = instance.instance_of(os.environ, settings.socket_dir)
+    if waiting is not None and not waiting.pid:
+        instance.start(waiting, os.environ, settings.socket_dir)
+        print(f"{waiting.service} serves")
+        return exits.OK
     options: list[str] = []
     for name in _OPTIONS:
         if getattr(arguments, name) is not None:
@@ -106,6 +111,10 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        print(instance.stop(theirs, os.environ, settings.socket_dir, force=arguments.force))
+        return exits.OK
     serving = ending.find(settings.socket_dir, os.environ)
     if serving is None and not _units_listen():
         print("dg-cached is not running")
@@ -127,6 +136,11 @@ def _units_listen() -> bool:
 
 def _restart(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        instance.restart(theirs, os.environ, settings.socket_dir, force=arguments.force)
+        print(f"{theirs.service} serves")
+        return exits.OK
     serving = ending.find(settings.socket_dir, os.environ)
     if serving is not None and serving.unit == _UNITS[1]:
         return _systemctl("restart", _UNITS[1])
@@ -313,15 +327,18 @@ def _pressure(pressure: dict[str, Any], store: dict[str, Any]) -> str:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        return _logs_of(theirs, arguments)
     try:
-        where = _ask(Settings.from_environment())["log"]
+        where = _ask(settings)["log"]
     except CacheError:
         where = str(launcher.default_log_file(os.environ))
         if not Path(where).exists():
             where = "journal" if shutil.which("journalctl") else where
     if where == "journal":
-        journal = ["journalctl", "--user", "--unit", "dg-cached", "--lines", str(arguments.lines)]
-        return _run([*journal, *(["--follow"] if arguments.follow else [])])
+        return _journal(arguments, "--user", "--unit", "dg-cached")
     if where == "stderr":
         raise CacheUnavailableError(
             "this dg-cached runs in the foreground and logs to its terminal"
@@ -336,6 +353,21 @@ def _logs(arguments: argparse.Namespace) -> int:
             f"there is no log at {where}: start with dg-cache start"
         ) from error
     return exits.OK
+
+
+def _logs_of(theirs: instance.Instance, arguments: argparse.Namespace) -> int:
+    """An account's own journal has what its instance logged, unless it is a system account's."""
+    if _journal(arguments, "--unit", theirs.service) != 0:
+        raise CacheRefusedError(
+            "this account may not read that journal: an administrator can, with "
+            f"sudo journalctl --unit {theirs.service}"
+        )
+    return exits.OK
+
+
+def _journal(arguments: argparse.Namespace, *which: str) -> int:
+    wanted = ["--lines", str(arguments.lines), *(["--follow"] if arguments.follow else [])]
+    return _run(["journalctl", *which, *wanted])
 
 
 def _run(argv: list[str]) -> int:
