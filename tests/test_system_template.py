@@ -150,6 +150,7 @@ def test_the_disk_tier_is_in_the_system_s_cache_and_a_missing_key_is_no_failure(
     assert said["disk"]["enabled"]
     assert said["disk"]["directory"].startswith(f"/var/cache/dg-cached/{uid}/")
     assert (key_origin(said), said["disk"]["persistent"]) == ("default", False)
+    assert said["findings"] == []  # what the unit says is meant
     assert "cannot look into" not in with_disk.log()
 
 
