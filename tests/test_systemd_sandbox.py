@@ -267,6 +267,10 @@ def test_without_user_namespaces_a_drop_in_takes_back_what_does_not_hold(
     about = process_status(pid)
     assert (about["NoNewPrivs"], about["Seccomp"], about["CapEff"]) == ("1", "2", "0" * 16)
     assert client(manager, programs, PATIENT) == SERVED
+    doctor = manager.run([programs / "dg-cache", "doctor", "--problems", "--json"], PATIENT)
+    found = {one["what"]: one["level"] for one in json.loads(doctor.stdout)}
+    assert found["user namespace"] == found["root directory"] == found["home"] == "warn"
+    assert (doctor.returncode, "bad" in found.values()) == (0, False)
     said = as_user(manager, "systemd-analyze --user security --no-pager dg-cached.service || true")
     found = re.search(r"Overall exposure level for dg-cached.service: (\d+\.\d)", said)
     assert found is not None

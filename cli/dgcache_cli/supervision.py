@@ -64,6 +64,14 @@ class Supervision:
             return f"systemctl --user unset-environment {variable} && {restart}"
         return restart
 
+    def forgoes_namespaces(self) -> bool:
+        """Tell whether the unit says itself that it wants no user namespace (drop-in
+        `no-user-namespaces.conf`)."""
+        if not self._is_systemd:
+            return False
+        manager = Manager(self._environ, is_system=self._is_instance)
+        return manager.values(self._unit, "PrivateUsers") == ["no"]
+
     def _setter(self, variable: str) -> str | None:
         """Return the command that changes what the unit itself sets; None where it sets nothing."""
         manager = Manager(self._environ)
