@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pwd
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,18 @@ def test_systemd_finds_nothing_to_say_about_the_template(
     units = [f"{place}/dg-cached@.socket", f"{place}/dg-cached@.service"]
     verified = manager.run(["systemd-analyze", "verify", "--man=no", *units])
     assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_the_exposure_that_systemd_counts_for_an_instance_is_at_most_1(
+    manager: SystemManager, accounts: list[pwd.struct_passwd]
+) -> None:
+    """As for the user's unit; what holds is asked of the kernel elsewhere."""
+    service = f"dg-cached@{accounts[0].pw_uid}.service"
+    manager.succeed("systemctl", "start", service)
+    said = manager.succeed("systemd-analyze", "security", "--no-pager", service)
+    found = re.search(rf"Overall exposure level for {re.escape(service)}: (\d+\.\d)", said)
+    assert found is not None, said
+    assert float(found[1]) <= 1.0
 
 
 def test_only_root_places_the_template(
