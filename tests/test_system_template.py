@@ -106,6 +106,21 @@ def test_a_client_before_the_daemon_falls_back_and_the_next_is_served(
     assert use(manager, programs, account)[0] == "dg-cached"
 
 
+def test_doctor_has_nothing_to_say_against_an_instance(
+    manager: SystemManager, programs: Path, accounts: list[pwd.struct_passwd]
+) -> None:
+    """It is served without units of its own and without lingering."""
+    account = accounts[0]
+    manager.succeed("systemctl", "start", f"dg-cached@{account.pw_uid}.service")
+    argv = [programs / "dg-cache", "doctor", "--json"]
+    done = manager.run(argv, PATIENT, uid=account.pw_uid, home=account.pw_dir)
+    found = {one["what"]: one for one in json.loads(done.stdout)}
+    assert found["units"]["found"].startswith(f"dg-cached@{account.pw_uid}.service")
+    assert not {"lingering", "socket unit"} & set(found)
+    sandbox = ("user namespace", "root directory", "home", "network", "system calls")
+    assert [found[what]["level"] for what in sandbox] == ["ok"] * len(sandbox)
+
+
 def test_an_instance_named_otherwise_than_by_the_uid_is_refused(
     manager: SystemManager, accounts: list[pwd.struct_passwd]
 ) -> None:

@@ -21,6 +21,7 @@ _SO_PEERPIDFD, _SO_PASSRIGHTS = 77, 83
 _MFD_NOEXEC_SEAL = 8
 _KEY_BYTES = 1 << 20
 _GROUPS = Path("/sys/fs/cgroup")
+_LIMITS = ("RLIMIT_MEMLOCK", "user namespaces")
 _SYSCTLS = Path("/proc/sys")
 _NO_NAMESPACES = {
     "user.max_user_namespaces": ("0", "15000"),
@@ -61,6 +62,12 @@ def of_kernel() -> Iterator[Finding]:
     yield _executable_memory(_is_possible(_seals_against_execution), _sysctl("vm.memfd_noexec"))
     yield locked_memory(*resource.getrlimit(resource.RLIMIT_MEMLOCK), is_root=os.geteuid() == 0)
     yield user_namespaces({name: _sysctl(name) for name in _NO_NAMESPACES})
+
+
+def features() -> str:
+    """Return the kernel's release and what of it protects a daemon, in one line."""
+    found = [one for one in of_kernel() if one.what not in _LIMITS]
+    return ", ".join([found[0].found, *(f"{one.what} {one.found}" for one in found[1:])])
 
 
 def locked_memory(soft: int, hard: int, *, is_root: bool) -> Finding:

@@ -36,6 +36,11 @@ class Supervision:
         self._unit = (found or SERVICE) if self._is_systemd else ""
         self._is_instance = "@" in self._unit
 
+    @property
+    def instance(self) -> str:
+        """Return the template's instance that the daemon is; empty where it is none."""
+        return self._unit if self._is_instance else ""
+
     def is_of_the_unit(self, variable: str) -> bool:
         """Tell whether the unit itself, by a drop-in for example, sets the variable."""
         return self._is_instance or (self._is_systemd and self._setter(variable) is not None)

@@ -19,7 +19,7 @@ _LEAST_DESCRIPTORS = 1024
 
 
 def of_surroundings(
-    environ: Mapping[str, str], socket_dir: Path | None, units: Path
+    environ: Mapping[str, str], socket_dir: Path | None, units: Path, instance: str = ""
 ) -> Iterator[Finding]:
     """Judge places, units, account and limits.
 
@@ -27,10 +27,15 @@ def of_surroundings(
         environ: this process's.
         socket_dir: the place of the sockets that the settings name, if they do.
         units: the directory of the user's systemd units.
+        instance: the unit of the system's manager that serves this account, if one does; it needs
+            neither units of the user's nor lingering.
     """
     yield from _places(environ, socket_dir)
-    yield from _unit(units)
-    yield from _lingering()
+    if instance:
+        yield Finding(Level.OK, "units", f"{instance}, of the system's manager")
+    else:
+        yield from _unit(units)
+        yield from _lingering()
     yield _descriptors()
     yield _xdelta3(environ)
 

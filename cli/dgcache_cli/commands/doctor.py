@@ -55,6 +55,7 @@ def _all() -> list[Finding]:
     client = Settings.resolved()
     found: list[Finding] = []
     status: dict[str, Any] | None = None
+    instance = ""
     try:
         backend = connect(patient(client.settings))
         try:
@@ -69,12 +70,14 @@ def _all() -> list[Finding]:
         )
     if status is not None:
         found.append(_version(status))
-        forgoes = Supervision(status, os.environ).forgoes_namespaces()
-        found += of_daemon(status, forgoes_namespaces=forgoes)
+        supervision = Supervision(status, os.environ)
+        instance = supervision.instance
+        found += of_daemon(status, forgoes_namespaces=supervision.forgoes_namespaces())
     found += [
         Finding(Level.WARN, "settings", text) for text in findings(os.environ, client, status)
     ]
-    found += of_surroundings(os.environ, client.settings.socket_dir, user_directory(os.environ))
+    directory = user_directory(os.environ)
+    found += of_surroundings(os.environ, client.settings.socket_dir, directory, instance)
     found += of_kernel()
     found.append(swap_limit(_groups_of(status), _swaps()))
     return found
