@@ -84,10 +84,10 @@ def soak(
                 stack.enter_context(household.running())
             steady = world.steady.daemon
             assert steady is not None
-            injector = Injector(world)
+            injector, warming = Injector(world), Injector(world)
             _work(
                 world,
-                Injector(world),
+                warming,
                 seed * _QUARTERS - 1,
                 warm_up_seconds,
                 tally,
@@ -114,7 +114,10 @@ def soak(
         rests=rests,
         steady_lives=world.steady.lives,
         mortal_lives=world.mortal.lives,
-        complaints=[*world.steady.complaints, *world.mortal.complaints],
+        complaints=[
+            *(line for household in world.households for line in household.complaints),
+            *(f"a fault's own trouble: {line}" for line in warming.troubles + injector.troubles),
+        ],
         plaintext=sorted({*found, *found_later}),
         files_searched=searched + searched_later,
     )

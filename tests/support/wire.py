@@ -17,7 +17,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -393,3 +393,6 @@ def script_running(
             yield process
         finally:
             process.kill()
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # what it had no time to read
+                process.stdin.close()
