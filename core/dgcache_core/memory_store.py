@@ -124,7 +124,7 @@ class MemoryStore:
             room = page_rounded(entry.frame.size)
             try:
                 self._reserve(room)
-            except CacheError:
+            except BaseException:  # whatever it is: who waits for this opening must not wait on
                 self._end_opening(entry, 0)
                 raise
         try:
@@ -390,6 +390,9 @@ class MemoryStore:
         with self._lock:
             self._expire()
             self._handouts.sweep()
+            refusal = self._handouts.refusal
+        if refusal:
+            raise CacheUnavailableError(f"whether handouts are held could not be asked: {refusal}")
 
     def close(self) -> None:
         """See `Store.close`."""

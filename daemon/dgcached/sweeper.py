@@ -8,6 +8,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from dgcache_core.errors import CacheUnavailableError
 from dgcache_core.store import ResidentStore
 from dgcached.logs import event
 
@@ -39,7 +40,7 @@ class Sweeper:
                 await self._task
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, complained = asyncio.get_running_loop(), ""
         while True:
             if self._store.handouts_outstanding:
                 await asyncio.sleep(_POLL_SECONDS)
@@ -48,8 +49,11 @@ class Sweeper:
             self._changed.clear()
             try:
                 await loop.run_in_executor(None, self._store.sweep)
-            except OSError as error:  # the next sweep tries again; the daemon serves on
-                event(logging.ERROR, "sweep-failed", reason=error)
+                complained = ""
+            except (CacheUnavailableError, OSError) as error:  # the daemon serves on
+                if str(error) != complained:
+                    event(logging.ERROR, "sweep-failed", reason=error)
+                complained = str(error)
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def _nap(self) -> None:

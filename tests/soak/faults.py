@@ -2,7 +2,7 @@
 
 Every round has each kind of fault once, in another order. A fault that lasts (a stopped process, a
 full disk) is undone after a while; the next ones do not wait for that. `Injector` does them one at
-a time, on one thread; what could not be done is counted with its reason, and never as done. Whatever
+a time, on one thread; what could not be done is counted with its reason, and never as done. What
 fails in a fault itself is told in `troubles` and keeps no other one from being undone.
 """
 

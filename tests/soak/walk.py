@@ -13,13 +13,12 @@ gRPC's wake-ups by eventfd, which no kernel refuses and after which gRPC's loop 
 """
 
 import argparse
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import grpc
 
 from tests.support.disk_daemon import Home, found, reference
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.wire import Client, Daemon, eventually, sha256
 
 ERRORS = ("ENOSPC", "EMFILE", "ENOMEM", "EIO", "EINTR")
@@ -49,7 +49,6 @@ LIMITS: dict[str, Any] = {
 _CALL_SECONDS = 4.0
 _TAKEN_AWAY, _GIVING_UP_SECONDS = 72, 20.0
 _MOST_TIMES = 40
-_ATTACH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ class Walk:
         """Do one step and look at what it left."""
         daemon = self._living()
         first, self._number = self._number, self._number + 3
-        with refusing(daemon.pid, step, self._place / "trace") as injected:
+        with refusing_meanwhile(
+            daemon.pid, step.call, step.error, self._place / "trace", number=step.number
+        ) as injected:
             stored = self._round(daemon, first)
         trace = [line for line in injected().splitlines() if "(INJECTED)" in line]
         died = daemon.process.poll() is not None or self._gave_up(daemon, step)
@@ -190,23 +191,6 @@ class Walk:
         """End the daemon that lives."""
         self._stack.close()
         self._daemon = None
-
-
-@contextmanager
-def refusing(pid: int, step: Step, trace: Path) -> "Iterator[Any]":
-    """Refuse a call of a process while the block runs; what it yields tells what was called."""
-    inject = f"inject={step.call}:error={step.error}:when={step.number}"
-    command = ["strace", "-f", "-o", trace, "-e", f"trace={step.call}", "-e", inject]
-    with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        said = strace.stderr.readline()
-        try:
-            assert "attached" in said, said
-            yield lambda: trace.read_text(errors="replace")
-        finally:
-            strace.send_signal(signal.SIGINT)
-            strace.stderr.read()
-            strace.wait(_ATTACH_SECONDS)
 
 
 def steps(calls: Sequence[str], errors: Sequence[str]) -> Iterator[tuple[str, str]]:
