@@ -17,7 +17,7 @@ from dgcache_core.disk_names import NEW
 from dgcache_core.disk_reader import require_vouched
 from dgcache_core.disk_records import DiskEventKind, StoredBlob
 from dgcache_core.disk_table import Admission, DiskTable
-from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
+from dgcache_core.errors import CacheCorruptionError, CacheFullError, CacheRefusedError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.memory import page_rounded
 from dgcache_core.scratch import ScratchPool
@@ -68,6 +68,8 @@ class DiskWriter:
             for place in (name, NEW):
                 self._table.directory.remove_links(place)
             self._table.tell(DiskEventKind.SECURITY, name, f"not written: {error}")
+        except CacheFullError:
+            pass  # no memory for a buffer: a passing lack
         except OSError as error:
             self._table.note_failure(error, size)
         return False

@@ -188,7 +188,7 @@ class MemoryStore:
                 key = self._new_key()
                 try:
                     self._reserve(room)
-                except CacheError:
+                except BaseException:
                     key.erase()
                     raise
             except CacheError:
@@ -201,7 +201,7 @@ class MemoryStore:
                 raise
         try:
             blob = self._allocate(frame.sealed_bytes)
-        except CacheFullError:
+        except BaseException:
             key.erase()
             with self._lock:
                 self._reserved_bytes -= room

@@ -15,7 +15,7 @@ import pytest
 
 from dgcache_core.handouts import Handout, Handouts, _is_open_elsewhere
 from dgcache_core.sealed_files import create_memory_file, require_sealed, seal, write_at
-from tests.support.refused_syscalls import REFUSE_FCNTL
+from tests.support.refused_syscalls import REFUSE
 
 from .support import content, digest_of, read_all, run_python
 
@@ -315,7 +315,7 @@ def test_without_descriptors_a_handout_is_refused_or_not_shared_and_none_leaks(
 
 
 REFUSED = (
-    REFUSE_FCNTL
+    REFUSE
     + """
 import errno, fcntl, signal
 from dgcache_core.handouts import Handouts

@@ -13,6 +13,7 @@ gRPC's wake-ups by eventfd, which no kernel refuses and after which gRPC's loop 
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,7 @@ class Walk:
                 raise AssertionError(f"the daemon died with status {daemon.process.returncode}")
             self._require_whole(range(first, first + 3))
             self._require_at_rest()
+            self._require_the_disk()
         except (AssertionError, grpc.RpcError, OSError) as error:
             trouble = f"{type(error).__name__}: {error}; log: {daemon.logged()[-1500:]}; {trace}"
             self.close()
@@ -157,9 +159,16 @@ class Walk:
                 self._descriptors = self._daemon.descriptors()
         return self._daemon
 
+    def _require_the_disk(self) -> None:
+        """End a daemon whose tier turned itself off: it would write nothing for a minute."""
+        with Client(self._living().directory) as client:
+            is_off = client.status().disk.disabled_reason
+        if is_off:
+            self.close()
+
     def _require_whole(self, numbers: Sequence[int]) -> None:
         """Each is served as it was stored, or is a miss; in a next life, too."""
-        with ImpatientClient(self._living().directory) as client:
+        with Client(self._living().directory) as client:
             for number in numbers:
                 got = found(client, sha256(reference(number)))
                 assert got in (None, reference(number)), f"reference {number} is not whole"
@@ -171,7 +180,7 @@ class Walk:
         with Client(daemon.directory) as client:
             self._await_rest(client)
             try:
-                eventually(lambda: daemon.descriptors() <= self._descriptors, 6)
+                eventually(lambda: daemon.descriptors() <= self._descriptors)
             except AssertionError:
                 links = [str(link.readlink()) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()]
                 raise AssertionError(f"more than {self._descriptors} open: {links}") from None
@@ -185,7 +194,7 @@ class Walk:
             busy = (status.stores_in_progress, store.handouts, store.reserved_bytes)
             return (status.sessions, status.connections) == (1, 1) and not any(busy)
 
-        eventually(resting, 10)
+        eventually(resting)
 
     def close(self) -> None:
         """End the daemon that lives."""
@@ -193,25 +202,35 @@ class Walk:
         self._daemon = None
 
 
-def steps(calls: Sequence[str], errors: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each call with each error."""
-    for call in calls:
-        for error in errors:
-            yield call, error
-
-
 def walk(
-    place: Path, calls: Sequence[str], errors: Sequence[str], most_times: int = _MOST_TIMES
+    place: Path,
+    calls: Sequence[str],
+    errors: Sequence[str],
+    most_times: int = _MOST_TIMES,
+    until: float = math.inf,
 ) -> Iterator[Seen]:
-    """Yield what became of each step, until a call does not come as often as that."""
+    """Yield what became of each step: the first calls of each kind with each error, then the next.
+
+    Args:
+        place: an empty directory.
+        calls: their names.
+        errors: their names.
+        most_times: how often at most one call is refused with one error.
+        until: the time.monotonic() at which no further step begins.
+    """
     walking = Walk(place)
+    left = [(call, error) for call in calls for error in errors]
     try:
-        for call, error in steps(calls, errors):
-            for number in range(1, most_times + 1):
+        for number in range(1, most_times + 1):
+            still = []
+            for call, error in left:
+                if time.monotonic() >= until:
+                    return
                 seen = walking.take(Step(call, error, number))
-                if not seen.injected:
-                    break
-                yield seen
+                if seen.injected:
+                    still.append((call, error))
+                    yield seen
+            left = still
     finally:
         walking.close()
 

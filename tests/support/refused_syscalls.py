@@ -1,7 +1,7 @@
 """Programs that find some system calls refused; the kernel itself answers.
 
 By seccomp(2), as on a kernel that lacks or forbids the calls: `refusing` and
-`without_nameless_files` from a program's start on and for all it starts, `REFUSE_FCNTL` from where
+`without_nameless_files` from a program's start on and for all it starts, `REFUSE` from where
 a script calls it. By strace(1), as where something runs short: `refusing_meanwhile`, in a process
 that runs already.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 MEMFD_SECRET = 447
 MLOCK = {"x86_64": 149, "aarch64": 228}.get(platform.machine(), -1)
+MADVISE = {"x86_64": 28, "aarch64": 233}.get(platform.machine(), -1)
 FLOCK = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
 _OPENAT = {"x86_64": 257, "aarch64": 56}.get(platform.machine(), -1)
 _O_TMPFILE = 0o20000000  # the bit of its own; os.O_TMPFILE has O_DIRECTORY's as well
@@ -58,7 +59,12 @@ install(steps)
 os.execv(sys.argv[4], sys.argv[4:])
 """
 
-REFUSE_FCNTL = f"""{_SECCOMP}
+REFUSE = f"""{_SECCOMP}
+def refuse(number, error):
+    install([
+        Step(LOAD, 0, 0, 0), Step(JUMP_IF_EQUAL, 0, 1, number),
+        Step(RETURN, 0, 0, ERRNO | error), Step(RETURN, 0, 0, ALLOW),
+    ])
 def refuse_fcntl(command, argument, error):
     install([
         Step(LOAD, 0, 0, 0), Step(JUMP_IF_EQUAL, 0, 5, {_FCNTL}),
@@ -67,7 +73,8 @@ def refuse_fcntl(command, argument, error):
         Step(RETURN, 0, 0, ERRNO | error), Step(RETURN, 0, 0, ALLOW),
     ])
 """
-"""What a script begins with that refuses itself one command of fcntl(2) with one argument."""
+"""What a script begins with that refuses itself a call, or one command of fcntl(2) with one
+argument."""
 
 
 def refusing(*numbers: int, error: int = errno.ENOSYS) -> tuple[str, ...]:
