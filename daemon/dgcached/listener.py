@@ -72,10 +72,16 @@ class Listener:
         self._accepting.listening.close()
 
     def _relay(self, connection: socket.socket) -> None:
-        made = self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
-        task: asyncio.Task[object] = self._loop.create_task(made)
+        task: asyncio.Task[object] = self._loop.create_task(self._begin(connection))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
+        except OSError as error:
+            connection.close()
+            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
 
     async def close(self) -> None:
         """Let the relays carry to the clients what the inner server has sent, then end them.
@@ -208,7 +214,11 @@ class _Outer(_End):
         loop = asyncio.get_running_loop()
         try:
             connection = self._listener._connect_inner(inner.name)
-            await loop.create_unix_connection(lambda: inner, sock=connection)
+            try:
+                await loop.create_unix_connection(lambda: inner, sock=connection)
+            except OSError:
+                connection.close()
+                raise
         except OSError as error:
             event(logging.ERROR, "relay-failed", reason=error.strerror)
             self.end()
