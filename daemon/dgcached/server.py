@@ -290,6 +290,7 @@ class Daemon:
                 max_message_bytes=self._limits.message_bytes,
                 calls_per_session=self._limits.calls_per_session,
                 stores_at_once=self._limits.stores_at_once,
+                reads_at_once=self._limits.reads_at_once,
                 lease_seconds=self._limits.lease_seconds,
             ),
         )
@@ -307,6 +308,7 @@ class Daemon:
             sessions=len(self._registry.sessions),
             connections=self._registry.connections,
             stores_in_progress=self._service.stores_in_progress,
+            reads_in_progress=self._service.reads_in_progress,
             hardening=pb.Hardening(
                 **asdict(hardening),
                 keys=status.key_protection,

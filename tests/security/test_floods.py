@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 from hyperframe.frame import ContinuationFrame, HeadersFrame, RstStreamFrame
 
@@ -31,6 +32,7 @@ from tests.support.wire import (
     Client,
     Daemon,
     eventually,
+    refused,
     running,
     script_running,
 )
@@ -248,19 +250,27 @@ READER_KIB = 6 << 10
 def test_46_a_reader_that_never_reads_fills_bounded_buffers(
     serving: Daemon, other: Bystander
 ) -> None:
-    """Forty ask for 24 MiB each, let the daemon send all of it at once, and never read a byte."""
+    """Forty ask for 24 MiB each, let the daemon send all of it at once, and never read a byte. As
+    many as may be in progress stand, the others are refused: a client falls back, or takes a
+    descriptor instead."""
     with Client(serving.directory) as client:
         digest = client.store(os.urandom(24 * MIB))
         request = pb.ReadRequest(deltaspace=SPACE, sha256=digest).SerializeToString()
         before = resident_kib(serving)
+        most = client.hello.limits.reads_at_once
         with other.undisturbed(), ExitStack() as stack:
             for _ in range(40):
                 peer = stack.enter_context(Http2Peer(serving.directory, settings=greedy_settings()))
                 peer.connection.sendall(peer.headers(1, "Read") + data(1, request, ends=True))
-            eventually(lambda: client.status().store.handout_bytes >= 24 * MIB)
+            eventually(lambda: client.status().reads_in_progress == most)
+            with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                list(client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=10))
+            os.close(client.lookup(digest))
             other.served(300)
             grew = resident_kib(serving) - before
             print("grew by", grew, "KiB")
-            assert grew <= 40 * READER_KIB
+            assert client.status().reads_in_progress == most
+            assert grew <= most * READER_KIB
+        eventually(lambda: client.status().reads_in_progress == 0)
         eventually(lambda: client.status().store.handout_bytes < MIB)
         client.stub.Evict(pb.EvictRequest(deltaspace=SPACE), timeout=10)
