@@ -49,7 +49,8 @@ def described(status: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "clients",
             f"{status['sessions']} sessions, {status['connections']} connections, "
-            f"{status['stores_in_progress']} stores in progress",
+            f"{status['stores_in_progress']} stores and {status['reads_in_progress']} byte "
+            "streams in progress",
         ),
         ("fetches", _fetches(status["leases"])),
         (
