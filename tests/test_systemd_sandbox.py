@@ -212,6 +212,38 @@ def test_the_disk_tier_with_a_credential_outlives_a_restart(
     assert "Read-only" in written_inside(main_pid(manager), manager.home / ".cache/probe")
 
 
+@pytest.mark.parametrize("place", ["unit", "file"])
+def test_a_variable_that_the_unit_sets_is_meant_and_changed_where_it_stands(
+    manager: UserManager, programs: Path, place: str
+) -> None:
+    """`import-environment` and `unset-environment` do not get past it."""
+    ttl = "DG_CACHE_TTL_SECONDS"
+    if place == "unit":
+        drop_in(manager, "ttl.conf", f"[Service]\nEnvironment=A=1 '{ttl}=700' B=2\n")
+        command = "systemctl --user edit dg-cached"
+    else:
+        as_user(manager, f"echo {ttl}=700 > ~/variables")
+        drop_in(manager, "ttl.conf", "[Service]\nEnvironmentFile=-%h/variables\n")
+        command = f"edit {manager.home}/variables"
+    succeed(manager, "start", SERVICE)
+    assert setting(manager, programs, ttl) == ("700", f"environment {ttl}")
+    assert status(manager, programs)["findings"] == []
+    said = manager.run([programs / "dg-cache", "status", "--json"], {ttl: "5", **PATIENT})
+    [finding] = json.loads(said.stdout)["findings"]
+    assert finding.endswith(f": {command} && systemctl --user restart dg-cached applies it")
+
+
+def test_a_variable_of_the_manager_is_taken_back_by_the_command_that_status_names(
+    manager: UserManager, programs: Path
+) -> None:
+    """The command is run as it stands, and nothing is left to say."""
+    succeed(manager, "set-environment", "DG_CACHE_TTL_SECONDS=700")
+    succeed(manager, "start", SERVICE)
+    [finding] = status(manager, programs)["findings"]
+    as_user(manager, finding.partition("): ")[2].removesuffix(" applies it"))
+    assert status(manager, programs)["findings"] == []
+
+
 def test_a_credential_or_a_disk_directory_that_is_missing_fails_no_unit(
     manager: UserManager, programs: Path
 ) -> None:
@@ -235,6 +267,10 @@ def test_without_user_namespaces_a_drop_in_takes_back_what_does_not_hold(
     about = process_status(pid)
     assert (about["NoNewPrivs"], about["Seccomp"], about["CapEff"]) == ("1", "2", "0" * 16)
     assert client(manager, programs, PATIENT) == SERVED
+    doctor = manager.run([programs / "dg-cache", "doctor", "--problems", "--json"], PATIENT)
+    found = {one["what"]: one["level"] for one in json.loads(doctor.stdout)}
+    assert found["user namespace"] == found["root directory"] == found["home"] == "warn"
+    assert (doctor.returncode, "bad" in found.values()) == (0, False)
     said = as_user(manager, "systemd-analyze --user security --no-pager dg-cached.service || true")
     found = re.search(r"Overall exposure level for dg-cached.service: (\d+\.\d)", said)
     assert found is not None

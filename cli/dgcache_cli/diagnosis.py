@@ -39,8 +39,13 @@ def judged(level: Level, what: str, found: str, why: str, mend: str) -> Finding:
     return Finding(level, what, found, *(("", "") if level is Level.OK else (why, mend)))
 
 
-def of_daemon(status: Mapping[str, Any]) -> Iterator[Finding]:
-    """Judge the process that runs."""
+def of_daemon(status: Mapping[str, Any], *, forgoes_namespaces: bool = False) -> Iterator[Finding]:
+    """Judge the process that runs.
+
+    Args:
+        status: what it says of itself.
+        forgoes_namespaces: its unit says that it wants no user namespace.
+    """
     hardening = status["hardening"]
     if not hardening.get("kernel"):
         yield Finding(
@@ -53,7 +58,7 @@ def of_daemon(status: Mapping[str, Any]) -> Iterator[Finding]:
         return
     yield from _process(hardening)
     yield _landlock(hardening)
-    yield from _sandbox(hardening, under_systemd=status["supervisor"] == "systemd")
+    yield from _sandbox(hardening, _asked_for(status["supervisor"], forgoes=forgoes_namespaces))
     for directory, mode in sorted(hardening["directory_modes"].items()):
         yield judged(
             Level.OK if mode == _PRIVATE else Level.BAD,
@@ -85,7 +90,7 @@ def _process(hardening: Mapping[str, Any]) -> Iterator[Finding]:
         "keys",
         f"in {hardening['keys']} memory" if unlocked else f"in {hardening['keys']}",
         "keys can be swapped out to the disk",
-        "raise LimitMEMLOCK= of the unit, or ulimit -l, to 1 MiB",
+        "raise LimitMEMLOCK= of the unit, or ulimit -l, to 1 MiB (docs/systemd.md, Limits)",
     )
     yield judged(
         Level.OK if hardening["no_new_privileges"] else Level.BAD,
@@ -106,7 +111,8 @@ def _process(hardening: Mapping[str, Any]) -> Iterator[Finding]:
         "swap",
         f"possible, to {hardening['swap']}" if hardening["swap"] else "not possible",
         "references that clients hold are plaintext in memory and can be swapped out",
-        "MemorySwapMax=0 in the unit, or an encrypted swap",
+        "MemorySwapMax=0 in the unit, under cgroup v2, or an encrypted swap "
+        "(docs/systemd.md, Limits)",
     )
     yield judged(
         Level.OK if hardening["shares_handouts"] else Level.WARN,
@@ -137,28 +143,55 @@ def _landlock(hardening: Mapping[str, Any]) -> Finding:
     )
 
 
-def _sandbox(hardening: Mapping[str, Any], *, under_systemd: bool) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class _Sandbox:
+    """How bad it is that there is none, why there is none, and what mends it."""
+
+    level: Level
+    why: str
+    mend: str
+
+
+_IGNORED = _Sandbox(
+    Level.BAD,
+    "a user manager silently ignores ProtectSystem=, ProtectHome= and PrivateNetwork= "
+    "without PrivateUsers=yes",
+    "PrivateUsers=yes in the unit, and a kernel that lets users have namespaces; or say so in the "
+    "unit: no-user-namespaces.conf (docs/systemd.md, Drop-ins)",
+)
+_FORGONE = _Sandbox(
+    Level.WARN,
+    "the unit says PrivateUsers=no, which leaves it without, as no-user-namespaces.conf does",
+    "where this host allows user namespaces to users, remove that drop-in (docs/systemd.md, "
+    "Drop-ins)",
+)
+_ALONE = _Sandbox(
+    Level.WARN,
+    "only systemd's units give it a sandbox beyond Landlock",
+    "dg-cache stop, then let systemd run it: dg-cache install",
+)
+
+
+def _asked_for(supervisor: str, *, forgoes: bool) -> _Sandbox:
+    if supervisor != "systemd":
+        return _ALONE
+    return _FORGONE if forgoes else _IGNORED
+
+
+def _sandbox(hardening: Mapping[str, Any], without: _Sandbox) -> Iterator[Finding]:
     """Only a unit can give these. Where it runs under one and has them not, they were ignored."""
-    worst = Level.BAD if under_systemd else Level.WARN
-    mend = (
-        "PrivateUsers=yes in the unit, and a kernel that lets users have namespaces"
-        if under_systemd
-        else "dg-cache stop, then let systemd run it: dg-cache install"
-    )
-    ignored = (
-        "a user manager silently ignores ProtectSystem=, ProtectHome= and PrivateNetwork= "
-        "without PrivateUsers=yes"
-        if under_systemd
-        else "only systemd's units give it a sandbox beyond Landlock"
-    )
     for what, well, yes, no in (
         ("user namespace", hardening["user_namespace"], "of its own", "the machine's"),
         ("root directory", hardening["root_read_only"], "read-only", "can be written to"),
         ("home", hardening["home"] != "writable", hardening["home"], "can be written to"),
         ("network", not hardening["network"], "none", "there are interfaces besides loopback"),
-        ("system calls", hardening["filters_system_calls"], "filtered", "not filtered"),
     ):
-        level = Level.OK if well else worst
-        if what == "system calls" and not well:
-            level = Level.WARN
-        yield judged(level, what, yes if well else no, ignored, mend)
+        level = Level.OK if well else without.level
+        yield judged(level, what, yes if well else no, without.why, without.mend)
+    yield judged(
+        Level.OK if hardening["filters_system_calls"] else Level.WARN,
+        "system calls",
+        "filtered" if hardening["filters_system_calls"] else "not filtered",
+        "a fault in the daemon could reach every interface of the kernel",
+        "let systemd run it, whose units have SystemCallFilter=: dg-cache install",
+    )

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from dgcache import Settings
+from dgcache_cli.supervision import Supervision
 from dgcache_core.errors import SettingsError
 from dgcache_core.key_sources import choose_key
 from dgcache_core.settings import DaemonSettings, Resolved, as_text, declared
@@ -47,7 +48,7 @@ def findings(
     else:
         found += here.findings
         if status is not None:
-            found += _differences(here, status)
+            found += _differences(here, status, Supervision(status, environ))
     return list(dict.fromkeys(found))
 
 
@@ -60,7 +61,9 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
             yield f"{ascii(name)[1:-1]} is no setting{meant}"
 
 
-def _differences(here: Resolved[DaemonSettings], status: Mapping[str, Any]) -> Iterator[str]:
+def _differences(
+    here: Resolved[DaemonSettings], status: Mapping[str, Any], supervision: Supervision
+) -> Iterator[str]:
     theirs = {one["name"]: one for one in status["settings"]}
     for name, one in _DAEMON.items():
         if name in _NOT_COMPARED or one.variable not in theirs:
@@ -71,12 +74,15 @@ def _differences(here: Resolved[DaemonSettings], status: Mapping[str, Any]) -> I
             said_already = f"{one.variable} is {value}: {origin}" in here.findings
             if "wanted by" in origin and not said_already:
                 yield f"{one.variable} is {value} in the daemon: {origin}"
-        elif _differs(here, name, value, origin):
+        elif _differs(here, name, value, origin) and not (
+            here.origins[name] == "default"
+            and origin == f"environment {one.variable}"
+            and supervision.is_of_the_unit(one.variable)  # who wrote that into the unit meant it
+        ):
             yield (
                 f"{one.variable} is {value} in the daemon ({_briefly(origin)}) and would be "
                 f"{wanted} from here ({_briefly(here.origins[name])}): "
-                f"{_mending(one.variable, here.origins[name], origin, status['supervisor'])} "
-                "applies it"
+                f"{supervision.applying(one.variable, here.origins[name], origin)} applies it"
             )
 
 
@@ -95,18 +101,6 @@ def _is_less(wanted: str, value: str) -> bool:
         return float(wanted) < float(value)
     except ValueError:
         return False
-
-
-def _mending(variable: str, here: str, there: str, supervisor: str) -> str:
-    """Return the command; the user manager has an environment of its own."""
-    if supervisor != "systemd":
-        return "dg-cache restart"
-    restart = "systemctl --user restart dg-cached"
-    if here == f"environment {variable}":
-        return f"systemctl --user import-environment {variable} && {restart}"
-    if there == f"environment {variable}":
-        return f"systemctl --user unset-environment {variable} && {restart}"
-    return restart
 
 
 def _briefly(origin: str) -> str:

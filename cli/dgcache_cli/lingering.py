@@ -6,6 +6,7 @@ account that lingers; the file is asked for, since logind itself may not run.
 """
 
 import os
+import pwd
 from pathlib import Path
 
 LINGERING = Path("/var/lib/systemd/linger")
@@ -35,3 +36,12 @@ def lingers(user: str, lingering: Path = LINGERING, booted: Path = BOOTED) -> bo
 def enabling(user: str) -> str:
     """Return the command that makes an account linger."""
     return f"sudo loginctl enable-linger {user}"
+
+
+def lingering_here() -> str:
+    """Return in a word or two whether this account lingers."""
+    try:
+        answer = lingers(pwd.getpwuid(os.geteuid()).pw_name)
+    except KeyError:
+        answer = None
+    return {True: "on", False: "off", None: "of no meaning here, or unknown"}[answer]

@@ -68,6 +68,16 @@ class Manager:
         done = self._call("show", unit, f"--property={','.join(properties)}")
         return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
+    def values(self, unit: str, name: str) -> list[str]:
+        """Return what one property says, a line each; nothing where no manager answers.
+
+        Raises:
+            CacheUnavailableError: systemctl does not end.
+        """
+        if shutil.which("systemctl", path=self._environ.get("PATH")) is None:
+            return []
+        return self._call("show", unit, f"--property={name}", "--value").stdout.splitlines()
+
     def loaded(self, *patterns: str) -> list[str]:
         """Return the names of loaded units that match."""
         done = self._call("list-units", "--all", "--plain", "--no-legend", "--full", *patterns)

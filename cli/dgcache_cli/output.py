@@ -40,7 +40,11 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, Text(value))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():  # without the blanks that fill the table
+        print(line.rstrip())
 
 
 def print_table(

@@ -1,6 +1,5 @@
-"""What is judged of this account and machine, whether a daemon runs or not."""
+"""What is judged of this account, whether a daemon runs or not."""
 
-import ctypes
 import os
 import pwd
 import resource
@@ -17,25 +16,28 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.runtime_directory import candidates
 
 _LEAST_DESCRIPTORS = 1024
-_LANDLOCK_CREATE_RULESET, _MEMFD_SECRET = 444, 447
 
 
 def of_surroundings(
-    environ: Mapping[str, str], socket_dir: Path | None, units: Path
+    environ: Mapping[str, str], socket_dir: Path | None, units: Path, instance: str = ""
 ) -> Iterator[Finding]:
-    """Judge places, units, account, limits and kernel.
+    """Judge places, units, account and limits.
 
     Args:
         environ: this process's.
         socket_dir: the place of the sockets that the settings name, if they do.
         units: the directory of the user's systemd units.
+        instance: the unit of the system's manager that serves this account, if one does; it needs
+            neither units of the user's nor lingering.
     """
     yield from _places(environ, socket_dir)
-    yield from _unit(units)
-    yield from _lingering()
+    if instance:
+        yield Finding(Level.OK, "units", f"{instance}, of the system's manager")
+    else:
+        yield from _unit(units)
+        yield from _lingering()
     yield _descriptors()
     yield _xdelta3(environ)
-    yield from _kernel()
 
 
 def _places(environ: Mapping[str, str], socket_dir: Path | None) -> Iterator[Finding]:
@@ -135,21 +137,4 @@ def _xdelta3(environ: Mapping[str, str]) -> Finding:
         found or "not found",
         "DeltaGlider cannot encode or decode without it",
         "sudo apt-get install xdelta3",
-    )
-
-
-def _kernel() -> Iterator[Finding]:
-    libc = ctypes.CDLL(None, use_errno=True)
-    release = os.uname().release
-    landlock = int(libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
-    secret = int(libc.syscall(_MEMFD_SECRET, os.O_CLOEXEC))
-    if secret >= 0:
-        os.close(secret)
-    has = [f"Landlock ABI {max(0, landlock)}", f"{'' if secret >= 0 else 'no '}memfd_secret"]
-    yield judged(
-        Level.OK if landlock >= 2 and secret >= 0 else Level.WARN,
-        "kernel",
-        f"{release}: {', '.join(has)}",
-        "the daemon is protected by less: without memfd_secret root can read its keys",
-        "a newer kernel, or one with both switched on",
     )

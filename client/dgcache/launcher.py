@@ -26,9 +26,11 @@ from dgcache_core.errors import (
     SettingsError,
 )
 from dgcache_core.runtime_directory import DAEMON_LOCK, candidates, make_first_usable
+from dgcache_core.settings import ClientSettings, declared
 
 _UCRED = struct.Struct("3i")
 _ALREADY_SERVING = 75
+_PLACE = declared(ClientSettings)["socket_dir"].variable
 _KINDS: dict[int, type[CacheError]] = {77: CacheRefusedError, 78: SettingsError}
 _PROBE_SECONDS = 1.0
 
@@ -55,7 +57,7 @@ def start(
 
     Args:
         environ: for the daemon, and for finding its place.
-        socket_dir: its place, if it was named.
+        socket_dir: its place, if it was named; the daemon is told, whatever `environ` says.
         options: for its command line.
         log_file: where it logs; `default_log_file` where None.
         python: the interpreter of the installation to run; this one's own by default, never one
@@ -74,8 +76,9 @@ def start(
             return None
         os.close(open_private_directory(log_file.parent, create=True))
         program = [python, "-m", "dgcached", *options, "--log-file", str(log_file)]
+        told = environ if socket_dir is None else {**environ, _PLACE: str(socket_dir)}
         for _ in range(2):
-            started = _spawn(program, environ, log_file, deadline)
+            started = _spawn(program, told, log_file, deadline)
             if started is not None or is_serving(socket_dir, environ):
                 return started
             _wait_for_the_one_that_ends(socket_dir, environ, deadline)

@@ -1,6 +1,7 @@
 """The in-process cache: the same store as the daemon's, alive as long as this process."""
 
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from dgcache.report import logger
 from dgcache.settings import Settings
 from dgcache.sources import Source
 from dgcache_core.ephemeral import EphemeralDirectory
-from dgcache_core.errors import CacheError, MissReason
+from dgcache_core.errors import CacheError, CacheUnavailableError, MissReason
 from dgcache_core.handouts import Handout
 from dgcache_core.memory import anonymous_memory
 from dgcache_core.memory_store import MemoryStore
@@ -81,7 +82,8 @@ class LocalBackend:
 
     def sweep(self) -> None:
         """See `Backend`."""
-        self._store.sweep()
+        with suppress(CacheUnavailableError):  # what the kernel did not tell of stays for now
+            self._store.sweep()
 
     def close(self) -> None:
         """See `Backend`."""

@@ -51,5 +51,5 @@ class Departures:
             return b""
         try:
             return os.read(self._inotify, _BUFFER_BYTES)
-        except BlockingIOError:
+        except OSError:  # nothing was told, or it was refused: then the next call gets it
             return b""

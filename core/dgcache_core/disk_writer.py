@@ -7,6 +7,7 @@ descriptor of its own before the file gets its name.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, open_chunk
 from dgcache_core.disk_files import require_own_file
@@ -17,7 +18,7 @@ from dgcache_core.disk_names import NEW
 from dgcache_core.disk_reader import require_vouched
 from dgcache_core.disk_records import DiskEventKind, StoredBlob
 from dgcache_core.disk_table import Admission, DiskTable
-from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
+from dgcache_core.errors import CacheCorruptionError, CacheFullError, CacheRefusedError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.memory import page_rounded
 from dgcache_core.scratch import ScratchPool
@@ -68,6 +69,8 @@ class DiskWriter:
             for place in (name, NEW):
                 self._table.directory.remove_links(place)
             self._table.tell(DiskEventKind.SECURITY, name, f"not written: {error}")
+        except CacheFullError:
+            pass  # no memory for a buffer: a passing lack
         except OSError as error:
             self._table.note_failure(error, size)
         return False
@@ -122,8 +125,13 @@ class DiskWriter:
                 os.fsync(descriptor)
             with directory.opened(new) as again:
                 _require_written(new, descriptor, again, header, size)
-                directory.publish(new, name, durable=durable)
-                return FileState.of(os.fstat(again))  # after the rename, which changes ctime
+                try:
+                    directory.publish(new, name, durable=durable)
+                    return FileState.of(os.fstat(again))  # after the rename, which changes ctime
+                except OSError:  # it may have its name by now, and would be a stranger's there
+                    with suppress(OSError, CacheRefusedError):
+                        directory.unlink(name)
+                    raise
 
     def _write_checked(self, descriptor: int, header: bytes, stored: StoredBlob) -> None:
         frame, blob = stored.frame, stored.blob

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dgcache_core.departures import Departures
@@ -50,6 +51,8 @@ class Handouts:
         self._lingering: dict[int, int] = {}
         self.can_share = _lease_probe_works()
         """False on kernels where the probe fails: then a handout is neither shared nor counted."""
+        self.refusal = ""
+        """Why the kernel did not tell the last sweep of some file whether it is held, or empty."""
 
     def __len__(self) -> int:
         return len(self._shared)
@@ -68,8 +71,7 @@ class Handouts:
         shared = self._shared.get(sha256)
         if shared is None:
             return None
-        os.fchmod(shared.fd, 0o400)  # any holder, as the owner, may have changed it for all
-        return Handout(_open_again(shared.fd), shared.size, sha256)
+        return Handout(_open_again(shared.fd, restore_mode=True), shared.size, sha256)
 
     def add(self, sha256: Sha256, sealed_fd: int, size: int) -> Handout:
         """Take over a sealed file of a blob that is not in the table; return its first handout.
@@ -90,8 +92,12 @@ class Handouts:
         return sha256 in self._shared
 
     def sweep(self) -> int:
-        """Close what nobody holds any more and return how many bytes that freed."""
-        unheld = [s for s, shared in self._shared.items() if not _is_open_elsewhere(shared.fd)]
+        """Close what nobody holds any more and return how many bytes that freed.
+
+        A file of which the kernel does not tell counts as held: the next sweep asks again.
+        """
+        self.refusal = ""
+        unheld = [s for s, shared in self._shared.items() if not self._may_be_held(shared.fd)]
         before = self.held_bytes
         for sha256 in unheld:
             shared = self._shared.pop(sha256)
@@ -114,6 +120,13 @@ class Handouts:
         self._departures.close()
         self.held_bytes = 0
 
+    def _may_be_held(self, fd: int) -> bool:
+        try:
+            return _is_open_elsewhere(fd)
+        except OSError as error:
+            self.refusal = error.strerror or str(error)
+            return True
+
     def _keep(self, sha256: Sha256, sealed_fd: int, size: int) -> None:
         try:
             kept = _open_again(sealed_fd)
@@ -123,8 +136,10 @@ class Handouts:
         self.held_bytes += page_rounded(size)
 
 
-def _open_again(fd: int) -> int:
+def _open_again(fd: int, *, restore_mode: bool = False) -> int:
     try:
+        if restore_mode:
+            os.fchmod(fd, 0o400)  # any holder, as the owner, may have changed it for all
         return open_again(fd)
     except OSError as error:
         raise CacheFullError(f"no descriptor for a handout: {error.strerror}") from error
@@ -133,7 +148,9 @@ def _open_again(fd: int) -> int:
 def _is_open_elsewhere(fd: int) -> bool:
     """Ask the kernel whether any other description or mapping of the file exists.
 
-    Giving a lease back also resets the signal, so it is chosen anew each time.
+    Giving a lease back also resets the signal, so it is chosen anew each time; where that is
+    refused no lease is taken, since its signal would end the process. A lease that cannot be given
+    back goes with the descriptor, which the caller closes: nobody else has the file.
     """
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
@@ -142,7 +159,8 @@ def _is_open_elsewhere(fd: int) -> bool:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return True
         raise
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
 
 

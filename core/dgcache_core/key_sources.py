@@ -2,10 +2,10 @@
 
 Flag (a file), DG_CACHE_ENCRYPTION_KEY, DG_CACHE_ENCRYPTION_KEY_FILE, the systemd credential, a
 settings file's `encryption_key_file`. A file must be private; a credential is where the manager put
-it, readable through an ACL that shows as the group's (systemd.exec(5)).
+it, readable through an ACL that shows as the group's (systemd.exec(5)). A directory of credentials
+that cannot be looked into is no end of the daemon, since it may hold none for it; it is said.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,9 @@ def choose_key(
     Raises:
         SettingsError: the source that counts is not private, or holds no key.
     """
-    sources = _sources(resolved, credentials_directory)
+    credential, trouble = _credential(credentials_directory)
+    resolved = replace(resolved, findings=(*resolved.findings, *trouble))
+    sources = _sources(resolved, credential)
     if not sources:
         return resolved
     (origin, take), *others = sources
@@ -51,7 +53,22 @@ def choose_key(
     )
 
 
-def _sources(resolved: Resolved[DaemonSettings], credentials_directory: str) -> list[_Source]:
+def _credential(directory: str) -> tuple[Path | None, list[str]]:
+    """Return the credential where there is one, and what is to be said where that is not known."""
+    path = Path(directory) / CREDENTIAL
+    if not directory.startswith("/"):
+        return None, []
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return None, []
+    except OSError as error:
+        said = f"no credential {CREDENTIAL} is used: cannot look into {directory}: {error.strerror}"
+        return None, [said]
+    return path, []
+
+
+def _sources(resolved: Resolved[DaemonSettings], credential: Path | None) -> list[_Source]:
     """Return every source that is given, first the one that counts."""
     key, file = resolved.settings.encryption_key, resolved.settings.encryption_key_file
     ranked: list[tuple[int, _Source]] = []
@@ -61,8 +78,7 @@ def _sources(resolved: Resolved[DaemonSettings], credentials_directory: str) -> 
         origin = resolved.origins["encryption_key_file"]
         rank = 0 if origin == "flag" else 2 if origin.startswith("environment ") else 4
         ranked.append((rank, (f"{file}, named by {origin}", lambda: _read(file, _PRIVATE))))
-    credential = Path(credentials_directory) / CREDENTIAL
-    if credentials_directory.startswith("/") and os.path.lexists(credential):
+    if credential is not None:
         name = f"credential {CREDENTIAL}"
         ranked.append((3, (name, lambda: _read(credential, _READABLE_BY_ACL))))
     return [source for _, source in sorted(ranked, key=lambda one: one[0])]

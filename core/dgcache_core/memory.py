@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 
 from dgcache_core.errors import CacheFullError
 
@@ -37,15 +38,12 @@ def anonymous_memory(size: int) -> mmap.mmap:
     """
     try:
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_DONTDUMP)
     except OSError as error:
         raise CacheFullError(f"the system has no {size} bytes of memory left") from error
-    mapping.madvise(mmap.MADV_DONTDUMP)
     if size >= _HUGE_PAGES_FROM_BYTES:
-        try:
+        with suppress(OSError):  # EINVAL on a kernel without them; and what it costs is time alone
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel without transparent huge pages
-                raise
     return mapping
 
 

@@ -124,7 +124,7 @@ class MemoryStore:
             room = page_rounded(entry.frame.size)
             try:
                 self._reserve(room)
-            except CacheError:
+            except BaseException:  # whatever it is: who waits for this opening must not wait on
                 self._end_opening(entry, 0)
                 raise
         try:
@@ -188,7 +188,7 @@ class MemoryStore:
                 key = self._new_key()
                 try:
                     self._reserve(room)
-                except CacheError:
+                except BaseException:
                     key.erase()
                     raise
             except CacheError:
@@ -201,7 +201,7 @@ class MemoryStore:
                 raise
         try:
             blob = self._allocate(frame.sealed_bytes)
-        except CacheFullError:
+        except BaseException:
             key.erase()
             with self._lock:
                 self._reserved_bytes -= room
@@ -390,6 +390,9 @@ class MemoryStore:
         with self._lock:
             self._expire()
             self._handouts.sweep()
+            refusal = self._handouts.refusal
+        if refusal:
+            raise CacheUnavailableError(f"whether handouts are held could not be asked: {refusal}")
 
     def close(self) -> None:
         """See `Store.close`."""

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dgcache_core.errors import CacheFullError
+
 
 class ScratchPool:
     """Reuses page-aligned buffers of one size, of which it keeps at most `keep`. Thread-safe.
@@ -44,8 +46,11 @@ class ScratchPool:
         # else it goes with its last view, which an exception's traceback may still hold
 
     def _fresh(self) -> mmap.mmap:
-        buffer = mmap.mmap(-1, self._buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        buffer.madvise(mmap.MADV_DONTDUMP)
+        try:
+            buffer = mmap.mmap(-1, self._buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            buffer.madvise(mmap.MADV_DONTDUMP)
+        except OSError as error:
+            raise CacheFullError("the system has no memory for a buffer left") from error
         return buffer
 
     def _wipe(self, buffer: mmap.mmap) -> None:

@@ -144,7 +144,12 @@ class Store(Protocol):
         """
 
     def sweep(self) -> None:
-        """Free what has expired and what nobody holds any more."""
+        """Free what has expired and what nobody holds any more.
+
+        Raises:
+            CacheUnavailableError: of some handouts the system did not tell whether they are held;
+                they stay, and everything else is done.
+        """
 
     def entries(self) -> list[EntryInfo]:
         """Return every entry, most recently used first."""

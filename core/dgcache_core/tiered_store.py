@@ -118,8 +118,10 @@ class TieredStore:
 
     def sweep(self) -> None:
         """See `Store.sweep`."""
-        self._memory.sweep()
-        self._disk.sweep()
+        try:
+            self._memory.sweep()
+        finally:
+            self._disk.sweep()
 
     def entries(self) -> list[EntryInfo]:
         """See `Store.entries`: those in memory, then those that only the disk has."""

@@ -51,5 +51,10 @@ class Accepting:
             self._loop.remove_reader(self.listening)
             self._resume = self._loop.call_later(_PAUSE_SECONDS, self.start)
             return
-        connection.setblocking(False)
+        try:
+            connection.setblocking(False)
+        except OSError as error:
+            connection.close()
+            event(logging.ERROR, "accept-failed", socket=self._name, reason=error.strerror)
+            return
         self._on_connection(connection)

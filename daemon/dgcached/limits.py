@@ -32,6 +32,9 @@ class Limits:
     that nobody has read yet, so it holds 16."""
     stores_at_once: int = 32
     """Stores in progress, over all sessions."""
+    reads_at_once: int = 32
+    """Streams of Read in progress, over all connections. One that nobody reads costs about 4 MiB in
+    gRPC's buffers and the relay's, and lasts as long as its call."""
     deposits_per_session: int = 256
     """Stores a session began and neither committed nor aborted, those that failed included."""
     deposit_idle_seconds: float = 10.0

@@ -25,6 +25,7 @@ from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Registry, identify
+from dgcached.repeated import Repeated
 
 _GREETINGS_AWAITED = 3
 """Looks, one after another, before the inner server counts as deaf."""
@@ -42,12 +43,14 @@ class Listener:
         *,
         give_up: Callable[[str], None],
         refused: RefusedPeers,
+        repeated: Repeated,
     ) -> None:
         self._inner_path = inner_path
         self._registry = registry
         self._limits = limits
         self._give_up = give_up
         self._refused = refused
+        self._repeated = repeated
         self._look: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._accepting = Accepting("rpc", listening, self._relay)
@@ -72,10 +75,16 @@ class Listener:
         self._accepting.listening.close()
 
     def _relay(self, connection: socket.socket) -> None:
-        made = self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
-        task: asyncio.Task[object] = self._loop.create_task(made)
+        task: asyncio.Task[object] = self._loop.create_task(self._begin(connection))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
+        except OSError as error:
+            connection.close()
+            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
 
     async def close(self) -> None:
         """Let the relays carry to the clients what the inner server has sent, then end them.
@@ -108,7 +117,12 @@ class Listener:
             self._refused.report("rpc", peer.credentials)
             return None
         if self._registry.connections >= self._limits.connections:
-            event(logging.WARNING, "limit-reached", limit="connections", pid=peer.credentials.pid)
+            self._repeated.event(
+                logging.WARNING,
+                "limit-reached",
+                limit="connections",
+                of={"pid": peer.credentials.pid},
+            )
             return None
         credentials = peer.credentials
         event(logging.DEBUG, "admitted", socket="rpc", uid=credentials.uid, pid=credentials.pid)
@@ -198,7 +212,9 @@ class _Outer(_End):
         try:
             self._inner = self._listener._admit(self, transport.get_extra_info("socket"))
         except OSError as error:  # the kernel does not tell who it is: nobody, then
-            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
+            self._listener._repeated.event(
+                logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror
+            )
         if self._inner is None:
             self.transport.abort()
             return
@@ -208,9 +224,13 @@ class _Outer(_End):
         loop = asyncio.get_running_loop()
         try:
             connection = self._listener._connect_inner(inner.name)
-            await loop.create_unix_connection(lambda: inner, sock=connection)
+            try:
+                await loop.create_unix_connection(lambda: inner, sock=connection)
+            except OSError:
+                connection.close()
+                raise
         except OSError as error:
-            event(logging.ERROR, "relay-failed", reason=error.strerror)
+            self._listener._repeated.event(logging.ERROR, "relay-failed", reason=error.strerror)
             self.end()
             return
         self.other, inner.other = inner, self
@@ -233,7 +253,9 @@ class _Outer(_End):
         if inner is None:
             return
         peer = self._listener._registry.peer_of(inner.name)
-        event(logging.WARNING, "limit-reached", limit="control_frames", peer=peer)
+        self._listener._repeated.event(
+            logging.WARNING, "limit-reached", limit="control_frames", of={"peer": peer}
+        )
         self.end()
         if inner.other is not None:
             inner.transport.abort()

@@ -42,6 +42,7 @@ from dgcached.pages import store_status_message
 from dgcached.pressure_watcher import PressureWatcher
 from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Registry
+from dgcached.repeated import Repeated
 from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
@@ -153,13 +154,14 @@ class Daemon:
         self._listeners.make_inner_directory()
         inner_path = self._listeners.path_of(INNER_SOCKET)
         server, health = await self._start_inner(inner_path)
-        refused = RefusedPeers(self._security, self._limits)
+        refused, repeated = RefusedPeers(self._security, self._limits), Repeated()
         listener = Listener(
             self._listeners.rpc,
             inner_path,
             self._registry,
             self._limits,
             refused=refused,
+            repeated=repeated,
             give_up=self._give_up,
         )
         sessions = SessionListener(
@@ -169,6 +171,7 @@ class Daemon:
             self._hello(),
             self._flights.end_session,
             refused,
+            repeated,
         )
         await listener.start()
         sessions.start()
@@ -204,6 +207,7 @@ class Daemon:
         await asyncio.wait({draining}, timeout=self._limits.drain_seconds)
         sessions.close()
         await listener.close()
+        repeated.close()
         await draining
         await self._sweeper.stop()
         await self._pressure.stop()
@@ -290,6 +294,7 @@ class Daemon:
                 max_message_bytes=self._limits.message_bytes,
                 calls_per_session=self._limits.calls_per_session,
                 stores_at_once=self._limits.stores_at_once,
+                reads_at_once=self._limits.reads_at_once,
                 lease_seconds=self._limits.lease_seconds,
             ),
         )
@@ -307,6 +312,7 @@ class Daemon:
             sessions=len(self._registry.sessions),
             connections=self._registry.connections,
             stores_in_progress=self._service.stores_in_progress,
+            reads_in_progress=self._service.reads_in_progress,
             hardening=pb.Hardening(
                 **asdict(hardening),
                 keys=status.key_protection,

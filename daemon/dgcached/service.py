@@ -80,11 +80,17 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self._decryption = ThreadPoolExecutor(limits.decryptions_at_once, "dg-cache-lookup")
         self._reading = ThreadPoolExecutor(limits.stores_at_once, "dg-cache-deposit")
         self._deposits = 0
+        self._reads = 0
 
     @property
     def stores_in_progress(self) -> int:
         """How many deposits are open."""
         return self._deposits
+
+    @property
+    def reads_in_progress(self) -> int:
+        """How many streams of Read are open."""
+        return self._reads
 
     def close(self) -> None:
         """Wait for the worker threads; every session must be closed before."""
@@ -112,13 +118,25 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         self, request: pb.ReadRequest, context: aio.ServicerContext
     ) -> AsyncIterator[pb.ReadResponse]:
         """See the .proto."""
-        handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
+        with self._one_more_read():
+            handout = await self._handout(_deltaspace(request.deltaspace), _sha256(request.sha256))
+            try:
+                yield pb.ReadResponse(size=handout.size)
+                for offset in range(0, handout.size, CHUNK_BYTES):
+                    yield pb.ReadResponse(data=os.pread(handout.fd, CHUNK_BYTES, offset))
+            finally:
+                os.close(handout.fd)
+
+    @contextmanager
+    def _one_more_read(self) -> Iterator[None]:
+        """Hold a place among the streams in progress."""
+        if self._reads >= self._limits.reads_at_once:
+            raise CacheFullError(f"{self._reads} byte streams are in progress, more are not opened")
+        self._reads += 1
         try:
-            yield pb.ReadResponse(size=handout.size)
-            for offset in range(0, handout.size, CHUNK_BYTES):
-                yield pb.ReadResponse(data=os.pread(handout.fd, CHUNK_BYTES, offset))
+            yield
         finally:
-            os.close(handout.fd)
+            self._reads -= 1
 
     async def ReleaseLease(
         self, request: pb.ReleaseLeaseRequest, context: aio.ServicerContext

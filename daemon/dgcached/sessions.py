@@ -27,6 +27,7 @@ from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.refused_peers import RefusedPeers
 from dgcached.registry import Peer, Registry, identify
+from dgcached.repeated import Repeated
 
 _LONGEST_PACKET = 4096
 _UNREAD_BYTES = 768
@@ -113,10 +114,12 @@ class SessionListener:
         hello: dgcache_pb2.Hello,
         on_end: Callable[[Session], None],
         refused: RefusedPeers,
+        repeated: Repeated,
     ) -> None:
         """Serve `listening`; `on_end` hears of every session that is over."""
         self._on_end = on_end
         self._refused = refused
+        self._repeated = repeated
         self._registry = registry
         self._limits = limits
         self._hello = hello
@@ -150,7 +153,9 @@ class SessionListener:
         try:
             session = self._admit(connection)
         except OSError as error:  # the kernel does not tell who it is: nobody, then
-            event(logging.ERROR, "accept-failed", socket="session", reason=error.strerror)
+            self._repeated.event(
+                logging.ERROR, "accept-failed", socket="session", reason=error.strerror
+            )
         if session is None:
             connection.close()
 
@@ -162,7 +167,12 @@ class SessionListener:
             self._refused.report("session", peer.credentials)
             return None
         if len(self._registry.sessions) >= self._limits.sessions:
-            event(logging.WARNING, "limit-reached", limit="sessions", pid=peer.credentials.pid)
+            self._repeated.event(
+                logging.WARNING,
+                "limit-reached",
+                limit="sessions",
+                of={"pid": peer.credentials.pid},
+            )
             return None
         credentials = peer.credentials
         event(logging.DEBUG, "admitted", socket="session", uid=credentials.uid, pid=credentials.pid)
@@ -192,7 +202,12 @@ class SessionListener:
         except OSError:
             packet = b""
         if packet:
-            event(logging.WARNING, "session-ended", reason="unexpected packet", peer=session.peer)
+            self._repeated.event(
+                logging.WARNING,
+                "session-ended",
+                reason="unexpected packet",
+                of={"peer": session.peer},
+            )
         self._end(session)
 
     def _end(self, session: Session) -> None:

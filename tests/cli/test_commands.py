@@ -215,6 +215,10 @@ def test_status_fits_80_columns_and_has_no_colour_in_a_pipe(shell: Shell) -> Non
     assert "\x1b" not in text
     assert re.search(r"saved +1 GETs, 900 kB", text)
     assert "not dumpable" in text
+    assert re.search(r"modes +0700 /", text)
+    assert re.search(r"kernel +[0-9]+\.[0-9]+.*: Landlock ABI", text)
+    assert re.search(r"lingering +(on|off|of no meaning here, or unknown)\n", text)
+    assert text == "".join(f"{line.rstrip()}\n" for line in text.splitlines())
     assert re.search(r"pressure +none so far; watched by (alarms and )?samples *\n", text)
 
 

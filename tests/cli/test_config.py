@@ -148,6 +148,8 @@ def test_under_systemd_the_managers_environment_is_what_counts(
 
     status = {
         "supervisor": "systemd",
+        "pid": os.getpid(),  # in no unit
+        "directory": "/run/user/0/dg-cached",
         "settings": [{"name": TTL, "value": "77", "origin": there}],
     }
     [finding] = findings(here, Settings.resolved(), status)

@@ -1,6 +1,7 @@
 """`dg-cache doctor`: what is not as it should be."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dgcache_cli.diagnosis import Level, of_daemon
+from dgcache_cli.kernel_features import locked_memory, of_kernel, swap_limit, user_namespaces
 from tests.support.wire import SECONDS, own_environment, running
 
 WELL: dict[str, Any] = {
@@ -76,6 +78,92 @@ def test_each_thing_that_is_missing_is_one_finding(field: str, value: object, le
     assert finding.level == level
     assert finding.why
     assert finding.mend
+
+
+def test_a_sandbox_that_the_unit_forgoes_is_a_warning_with_the_reason() -> None:
+    """`no-user-namespaces.conf` is documented; what is missing without it was ignored."""
+    less = {"user_namespace": False, "root_read_only": False, "home": "writable", "network": True}
+    status = {"hardening": {**WELL, **less}, "supervisor": "systemd"}
+    for forgoes, level in ((True, Level.WARN), (False, Level.BAD)):
+        found = [one for one in of_daemon(status, forgoes_namespaces=forgoes) if one.why]
+        assert [one.level for one in found] == [level] * len(less)
+        assert all("no-user-namespaces.conf" in one.why + one.mend for one in found)
+
+
+def test_what_the_kernel_can_is_found_out_by_trying() -> None:
+    """This one has what its tests of the daemon rely on; each has a line of its own."""
+    found = {one.what: one for one in of_kernel()}
+    assert list(found) == [
+        "kernel",
+        "SO_PEERPIDFD",
+        "pidfs",
+        "SO_PASSRIGHTS",
+        "MFD_NOEXEC_SEAL",
+        "RLIMIT_MEMLOCK",
+        "user namespaces",
+    ]
+    release = tuple(map(int, os.uname().release.split(".")[:2]))
+    for what, since in (("SO_PEERPIDFD", (6, 5)), ("pidfs", (6, 9)), ("MFD_NOEXEC_SEAL", (6, 3))):
+        if release >= since:
+            assert found[what].found.startswith("yes"), what
+    assert all(one.level is Level.OK or (one.why and one.mend) for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "is_root", "level", "mend"),
+    [
+        (8 << 20, 8 << 20, False, "ok", ""),
+        (-1, -1, False, "ok", ""),
+        (64 << 10, 64 << 10, True, "ok", ""),
+        (64 << 10, 8 << 20, False, "warn", "ulimit -l 1024; units"),
+        (64 << 10, 64 << 10, False, "warn", "ulimit -l 1024 after raising memlock"),
+    ],
+)
+def test_too_little_memory_to_lock_keys_in_is_a_warning(
+    soft: int, hard: int, is_root: bool, level: str, mend: str
+) -> None:
+    """A mebibyte holds them; root is not bound."""
+    finding = locked_memory(soft, hard, is_root=is_root)
+    assert finding.level == level
+    assert finding.mend.startswith(mend)
+    assert bool(finding.mend) == (level != "ok")
+
+
+def test_a_host_that_forbids_user_namespaces_is_a_warning_with_the_sysctl() -> None:
+    """Each of the three ways there are, and all together."""
+    assert user_namespaces({"user.max_user_namespaces": "9999"}).level is Level.OK
+    finding = user_namespaces(
+        {"user.max_user_namespaces": "0", "kernel.apparmor_restrict_unprivileged_userns": "1"}
+    )
+    assert finding.level is Level.WARN
+    assert finding.mend.startswith(
+        "sudo sysctl user.max_user_namespaces=15000 "
+        "kernel.apparmor_restrict_unprivileged_userns=0; or no-user-namespaces.conf"
+    )
+
+
+SWAPS = "Filename Type Size Used Priority\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "swaps", "level", "found"),
+    [
+        ("0::/a\n", f"{SWAPS}/dev/sda2 partition 1 0 -2\n", "ok", "cgroup v2"),
+        ("4:memory:/a\n0::/a\n", SWAPS, "ok", "there is no swap"),
+        ("4:memory:/a\n0::/a\n", f"{SWAPS}/dev/sda2 x\n", "warn", "with memory.memsw"),
+        ("3:cpu,memory:/b\n", f"{SWAPS}/dev/sda2 x\n", "warn", "without memory.memsw"),
+    ],
+)
+def test_version_1_of_control_groups_keeps_no_unit_from_the_swap(
+    group: str, swaps: str, level: str, found: str, tmp_path: Path
+) -> None:
+    """systemd sets memory.swap.max, which only version 2 has."""
+    limit = tmp_path / "memory" / "a" / "memory.memsw.limit_in_bytes"
+    limit.parent.mkdir(parents=True)
+    limit.touch()
+    finding = swap_limit(group, swaps, tmp_path)
+    assert finding.level == level
+    assert found in finding.found
 
 
 def test_it_works_without_a_daemon_and_makes_nothing(short_directory: Path) -> None:

@@ -52,6 +52,24 @@ def test_the_daemon_is_found_and_ends_in_order(
     assert ending.find(short_directory / "s", environment) is None
 
 
+def test_the_daemon_serves_in_the_place_that_settings_in_code_name(
+    short_directory: Path, environment: dict[str, str]
+) -> None:
+    """Whether the environment names none or another, which stays empty."""
+    named, other = short_directory / "named", short_directory / "s"
+    without = {name: value for name, value in environment.items() if name[:3] != "DG_"}
+    for environ in (without, environment):
+        process = started(environ, named)
+        try:
+            found = ending.find(named, environ)
+            assert found is not None
+            assert (found.directory, found.pid) == (named, process.pid)
+            assert not other.exists()
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
 def test_one_that_does_not_answer_is_ended_by_force_only(
     short_directory: Path, environment: dict[str, str]
 ) -> None:

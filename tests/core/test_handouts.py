@@ -15,6 +15,7 @@ import pytest
 
 from dgcache_core.handouts import Handout, Handouts, _is_open_elsewhere
 from dgcache_core.sealed_files import create_memory_file, require_sealed, seal, write_at
+from tests.support.refused_syscalls import REFUSE
 
 from .support import content, digest_of, read_all, run_python
 
@@ -311,6 +312,44 @@ def test_without_descriptors_a_handout_is_refused_or_not_shared_and_none_leaks(
 ) -> None:
     """At the limit of open files: refused, and the file closed; with one to spare: not shared."""
     assert run_python(WITHOUT_DESCRIPTORS, spare) == says
+
+
+REFUSED = (
+    REFUSE
+    + """
+import errno, fcntl, signal
+from dgcache_core.handouts import Handouts
+from dgcache_core.sealed_files import create_memory_file, seal
+table = Handouts()
+for number in range(3):
+    descriptor = create_memory_file()
+    seal(descriptor)
+    handout = table.add(str(number) * 64, descriptor, 1)
+    if number != 1:
+        os.close(handout.fd)  # so only the second is held
+refuse_fcntl(getattr(fcntl, sys.argv[1]), int(sys.argv[2]), errno.ENOMEM)
+before = table.held_bytes
+table.sweep()
+print(len(table), "shared,", table.refusal or "nothing", "refused,", end=" ")
+shared = table.open_shared("1" * 64)  # would wait for a lease that nobody gave back
+print("the held one is served" if shared is not None else "lost")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "says"),
+    [
+        ("F_SETSIG", signal.SIGURG, "3 shared, Cannot allocate memory refused,"),
+        ("F_SETLEASE", fcntl.F_WRLCK, "3 shared, Cannot allocate memory refused,"),
+        ("F_SETLEASE", fcntl.F_UNLCK, "1 shared, nothing refused,"),
+    ],
+)
+def test_what_the_kernel_does_not_tell_counts_as_held_and_the_sweep_goes_on(
+    command: str, argument: int, says: str
+) -> None:
+    """A lease that could not be given back goes with its descriptor: nobody waits for it."""
+    assert run_python(REFUSED, command, str(int(argument))) == f"{says} the held one is served"
 
 
 HAMMER = """

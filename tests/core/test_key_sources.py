@@ -10,9 +10,19 @@ from dgcache_core.errors import SettingsError
 from dgcache_core.key_sources import choose_key
 from dgcache_core.settings import DaemonSettings, Resolved
 from dgcache_core.settings_files import read_settings
+from tests.support.wire import as_user
 
 NAMES = ("flag", "variable", "variable's file", "credential", "settings file")
 KEYS = {name: bytes([number]) * 32 for number, name in enumerate(NAMES)}
+LOOK = """
+from dgcache_core.key_sources import choose_key
+from dgcache_core.settings import DaemonSettings, Resolved, declared
+become(int(sys.argv[2]))  # now that the interpreter's files have been read
+origins = dict.fromkeys(declared(DaemonSettings), "default")
+resolved = choose_key(Resolved(DaemonSettings(), origins), sys.argv[1])
+print(resolved.settings.encryption_key, resolved.origins["encryption_key"])
+print(*resolved.findings, sep="\\n")
+"""
 
 
 @pytest.fixture
@@ -114,6 +124,18 @@ def test_without_a_source_the_key_is_ephemeral(place: Path) -> None:
         resolved = choose_key(nothing, directory)
         assert resolved.settings.encryption_key is None
         assert resolved.origins["encryption_key"] == "default"
+
+
+@pytest.mark.root
+def test_credentials_that_cannot_be_looked_into_are_no_end_and_are_said(place: Path) -> None:
+    """An ordinary user before root's directory: where a manager could not mount it, it is one."""
+    credentials = key_file(place / "credentials" / "dg-cache-key", KEYS["credential"]).parent
+    place.chmod(0o711)
+    said = as_user(None, LOOK, credentials, 1234)
+    assert said.splitlines() == [
+        "None default",
+        f"no credential dg-cache-key is used: cannot look into {credentials}: Permission denied",
+    ]
 
 
 def refusal(file: Path) -> str:

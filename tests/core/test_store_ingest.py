@@ -10,9 +10,20 @@ from dgcache_core.aead import CHUNK_BYTES
 from dgcache_core.errors import CacheFullError, InvalidReferenceError, MissReason
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.store import Ingest, ReadInto
+from tests.support.refused_syscalls import MADVISE, REFUSE
 
 from .conftest import MIB
-from .support import NIGHTLY, RELEASES, content, digest_of, get, held, put, read_all
+from .support import (
+    NIGHTLY,
+    RELEASES,
+    content,
+    digest_of,
+    get,
+    held,
+    put,
+    read_all,
+    run_python,
+)
 
 SIZES = [1, 100, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5]
 
@@ -208,6 +219,33 @@ def test_memory_the_allocator_has_not_is_cache_full(make_store: Callable[..., Me
     status = store.status()
     assert (status.reserved_bytes, status.counters.refused_stores) == (0, 1)
     assert len(store._keys._free) == 64
+
+
+REFUSED = (
+    REFUSE
+    + f"""
+import errno
+from dgcache_core.errors import CacheFullError
+from dgcache_core.memory_store import MemoryStore
+from dgcache_core.references import Deltaspace
+store = MemoryStore(1 << 20, 60, may_fork=False, max_entries=8)
+refuse({MADVISE}, errno.ENOMEM)
+for _ in range(9):
+    try:
+        store.begin(100_000, Deltaspace("bucket", "prefix"))
+        sys.exit("it was stored")
+    except CacheFullError:
+        pass
+status = store.status()
+print(status.reserved_bytes, "reserved,", status.counters.refused_stores, "refused")
+store.close()
+"""
+)
+
+
+def test_memory_that_cannot_be_kept_out_of_dumps_is_cache_full() -> None:
+    """The kernel refuses madvise(2); more often than there are keys."""
+    assert run_python(REFUSED) == "0 reserved, 9 refused"
 
 
 def test_many_stores_at_once_are_all_kept(store: MemoryStore) -> None:

@@ -2,13 +2,27 @@
 
 import mmap
 import os
+import shutil
 import signal
+from pathlib import Path
 
+import grpc
 import pytest
 
 from dgcache_core.sealed_files import require_sealed
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from tests.support.wire import MIB, SPACE, Client, Daemon, eventually, running, script_running
+from tests.support.refused_syscalls import refusing_meanwhile
+from tests.support.wire import (
+    MIB,
+    SPACE,
+    Client,
+    Daemon,
+    eventually,
+    refused,
+    running,
+    script_running,
+    sha256,
+)
 
 DATA = os.urandom(2 * MIB + 3)
 
@@ -99,3 +113,25 @@ def test_what_is_held_survives_the_daemon() -> None:
         require_sealed(descriptor, len(DATA))
         assert os.pread(descriptor, len(DATA), 0) == DATA
         os.close(descriptor)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which refuses the calls")
+def test_a_kernel_that_does_not_tell_who_holds_what_costs_only_the_sharing(
+    client: Client, daemon: Daemon, short_directory: Path
+) -> None:
+    """While fcntl(2) has no memory handouts stay, calls are answered, and the log says so once."""
+    digest = client.store(DATA)
+    held = client.lookup(digest)
+    trace = short_directory / "trace"
+    with refusing_meanwhile(daemon.pid, "fcntl", "ENOMEM", trace) as called:
+        os.close(client.lookup(digest))  # the plaintext is there: it is shared
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):  # no seal without fcntl(2): no handout
+            client.lookup(client.store(b"another"))
+        eventually(lambda: called().count("F_SETSIG") > 2)
+        os.close(held)
+        assert client.status().store.handouts == 1
+    eventually(lambda: client.status().store.handouts == 0)
+    os.close(client.lookup(digest))
+    os.close(client.lookup(sha256(b"another")))
+    assert daemon.logged().count("sweep-failed") == 1

@@ -2,19 +2,24 @@
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.socket_files import run
 from tests.support.wire import (
     FOREIGN_UID,
     OWNER_UID,
     SECONDS,
     Client,
+    connected,
+    eventually,
     own_environment,
     running,
 )
@@ -142,3 +147,23 @@ def test_a_socket_that_somebody_listens_on_is_left_to_him(short_directory: Path)
         assert done.returncode == 75, done.stderr
         assert "already serves" in done.stderr
         assert (place / "session.sock").stat().st_ino == before
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which refuses the calls")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_connection_that_cannot_be_set_up_is_closed(short_directory: Path, number: int) -> None:
+    """Whichever of the three ioctl(2) of a relay is refused, or that of a session: none stays."""
+    with running() as daemon, Client(daemon.directory) as client:
+        eventually(lambda: client.status().connections == 1)
+        before = daemon.descriptors()
+        trace = short_directory / "trace"
+        with refusing_meanwhile(daemon.pid, "ioctl", "EIO", trace, number=number) as called:
+            for name in ("rpc.sock", "session.sock", "rpc.sock"):
+                kind = socket.SOCK_SEQPACKET if name == "session.sock" else socket.SOCK_STREAM
+                with suppress(OSError), connected(client.path(name), kind) as connection:
+                    connection.recv(1)  # the first byte, or the end
+            eventually(lambda: "(INJECTED)" in called())
+        eventually(lambda: daemon.descriptors() == before)
+        assert client.status().sessions == 1
+        assert "Traceback" not in daemon.logged()

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -146,3 +147,47 @@ def test_a_writer_that_stalls_is_told_so() -> None:
             client.stub.Write(iter(messages), timeout=10)
         messages.end()
         eventually(lambda: nothing_is_kept(client))
+
+
+@contextmanager
+def streaming(client: Client, digest: bytes) -> Iterator[Iterator[pb.ReadResponse]]:
+    """Begin a Read whose bytes are too many for buffers, and leave it in progress."""
+    call = client.stub.Read(pb.ReadRequest(deltaspace=SPACE, sha256=digest), timeout=SECONDS)
+    try:
+        assert next(call).size == 16 * MIB
+        yield call
+    finally:
+        call.cancel()
+
+
+def test_reads_at_once_are_limited() -> None:
+    """Over all connections, before anything is decrypted: RESOURCE_EXHAUSTED, and a descriptor may
+    be had all the same. A place is free again when its stream ends, is cancelled, or was for
+    nothing."""
+    with (
+        running(limits={"reads_at_once": 2}) as daemon,
+        Client(daemon.directory) as client,
+        Client(daemon.directory) as other,
+    ):
+        assert client.hello.limits.reads_at_once == 2
+        data = os.urandom(16 * MIB)
+        digest = client.store(data)
+        for _ in range(3):
+            with refused(grpc.StatusCode.NOT_FOUND):
+                read(client, bytes(32))
+        with streaming(client, digest) as first:
+            with streaming(other, digest):
+                assert client.status().reads_in_progress == 2
+                with refused(grpc.StatusCode.RESOURCE_EXHAUSTED) as errors:
+                    read(client, digest)
+                assert "2 byte streams are in progress" in str(errors[0].details())
+                with os.fdopen(client.lookup(digest), "rb") as handout:
+                    assert handout.read() == data
+            eventually(lambda: client.status().reads_in_progress == 1)
+            assert b"".join(part.data for part in read(other, digest)) == data
+            assert b"".join(part.data for part in first) == data
+        eventually(lambda: client.status().reads_in_progress == 0)
+        with streaming(client, digest), streaming(client, digest):
+            pass
+        eventually(lambda: client.status().reads_in_progress == 0)
+        eventually(lambda: client.status().store.handouts == 0)

@@ -20,7 +20,7 @@ from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcached.limits import Limits
 from dgcached.registry import Registry, identify
 from dgcached.sessions import Session
-from tests.soak.walk import Step, refusing
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.wire import (
     FOREIGN_UID,
     OWNER_UID,
@@ -210,7 +210,8 @@ def test_10_another_user_with_the_name_of_a_living_relay_is_refused(short_direct
 def test_a_daemon_whose_grpc_accepts_nobody_any_more_ends(short_directory: Path) -> None:
     """gRPC stops accepting for good at ENOMEM; what would serve nobody exits with status 72."""
     with running(limits={"handshake_seconds": 0.5}) as daemon:
-        with refusing(daemon.pid, Step("accept4", "ENOMEM", 1), short_directory / "trace"):
+        trace = short_directory / "trace"
+        with refusing_meanwhile(daemon.pid, "accept4", "ENOMEM", trace, number=1):
             with pytest.raises(grpc.RpcError), Client(daemon.directory, session=False) as client:
                 client.stub.Status(pb.StatusRequest(), timeout=2)
             assert daemon.process.wait(SECONDS) == 72

@@ -6,6 +6,7 @@ Whoever sends it is closed or refused, and nobody else: a bystander is served me
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -264,7 +265,8 @@ def test_45_a_packet_of_a_client_ends_its_session(
     serving: Daemon, lasting: Bystander, kind: str
 ) -> None:
     """In version 1 the client has nothing to say there; its deposits end with the session, twenty
-    times over."""
+    times over, and the log has a line a second at the most."""
+    lines, begun = serving.logged().count("session-ended"), time.monotonic()
     with Client(serving.directory) as client, lasting.undisturbed():
         for _ in range(20):
             with Client(serving.directory) as talker:
@@ -278,3 +280,5 @@ def test_45_a_packet_of_a_client_ends_its_session(
         eventually(lambda: client.status().store.reserved_bytes == 0)
         eventually(lambda: client.status().sessions == 2)
         assert client.store(b"a bystander's")
+    further = serving.logged().count("session-ended") - lines
+    assert further <= 2 + time.monotonic() - begun

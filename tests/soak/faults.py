@@ -2,7 +2,8 @@
 
 Every round has each kind of fault once, in another order. A fault that lasts (a stopped process, a
 full disk) is undone after a while; the next ones do not wait for that. `Injector` does them one at
-a time, on one thread; what could not be done is counted with its reason, and never as done.
+a time, on one thread; what could not be done is counted with its reason, and never as done. What
+fails in a fault itself is told in `troubles` and keeps no other one from being undone.
 """
 
 import heapq
@@ -21,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.soak.crews import Slot
+from tests.soak.crews import Slot, Tally
 from tests.soak.households import Household
 from tests.support.memory_group import Hog, MemoryGroup
 
@@ -55,6 +56,7 @@ class World:
     steady: Household
     mortal: Household
     slots: Sequence[Slot]
+    tally: Tally
     group: MemoryGroup | None = None
     group_bytes: int = 0
     clock: Path | None = None
@@ -67,7 +69,7 @@ class World:
         return self.steady, self.mortal
 
 
-def schedule(seed: int, seconds: float, kinds: Sequence[str]) -> list[Fault]:
+def schedule(seed: int | str, seconds: float, kinds: Sequence[str]) -> list[Fault]:
     """Return what is done within so many seconds, oldest first."""
     chance = random.Random(f"{seed}/faults")
     pause = min(_PAUSE_SECONDS, 0.9 * seconds / len(kinds))
@@ -87,12 +89,16 @@ class Injector:
         """Do nothing yet."""
         self.done: Counter[str] = Counter()
         self.not_done: Counter[str] = Counter()
+        self.troubles: list[str] = []
         self._world = world
         self._numbers = itertools.count()
 
     def run(self, faults: Sequence[Fault], over: threading.Event) -> None:
-        """Do each in its time, and at the end undo all that lasts."""
-        begun = time.monotonic()
+        """Do each in its time, and at the end undo all that lasts.
+
+        The first round is done wholly, also where the machine is so slow that the time is over.
+        """
+        begun, first_round = time.monotonic(), set(faults[: len(KINDS)])
         waiting: list[tuple[float, int, Fault | Callable[[], None]]] = [
             (fault.at_seconds, next(self._numbers), fault) for fault in faults
         ]
@@ -101,8 +107,8 @@ class Injector:
             at, _, what = heapq.heappop(waiting)
             over.wait(max(0.0, begun + at - time.monotonic()))
             if not isinstance(what, Fault):
-                what()
-            elif not over.is_set():
+                self._undo(what)
+            elif not over.is_set() or what in first_round:
                 for lasts, undo in self._do(what):
                     due = time.monotonic() - begun + lasts
                     heapq.heappush(waiting, (due, next(self._numbers), undo))
@@ -113,8 +119,17 @@ class Injector:
         except NotDoneError as error:
             self.not_done[f"{fault.kind}: {error}"] += 1
             return []
+        except Exception as error:
+            self.troubles.append(f"{fault.kind} failed: {error!r}")
+            return []
         self.done[fault.kind] += 1
         return undos
+
+    def _undo(self, undo: Callable[[], None]) -> None:
+        try:
+            undo()
+        except Exception as error:  # others wait to be undone: somebody is stopped, a disk is full
+            self.troubles.append(f"{undo!r} failed: {error!r}")
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -245,11 +260,19 @@ def set_clock(clock: Path, seconds: int) -> None:
 
 def disk_full(world: World, choice: int) -> list[Undo]:
     """Not a block is left for a while."""
-    ballast = world.households[choice % 2].home.cache / _BALLAST
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+    place = world.households[choice % 2].home.cache
+    with suppress(OSError), (place / _BALLAST).open("wb", buffering=0) as file:
         while file.write(bytes(64 << 10)):
             pass
-    return [(_lasts(choice), lambda: ballast.unlink(missing_ok=True))]
+    return [(_lasts(choice), lambda: _make_room(place))]
+
+
+def _make_room(place: Path) -> None:
+    try:
+        (place / _BALLAST).unlink(missing_ok=True)
+    except OSError:  # `disk_read_only` came after `disk_full` and lasts longer
+        _remount_writable(place)
+        (place / _BALLAST).unlink(missing_ok=True)
 
 
 def disk_read_only(world: World, choice: int) -> list[Undo]:

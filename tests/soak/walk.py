@@ -5,7 +5,11 @@ one client stores a reference, the disk tier takes what memory has no room for, 
 back. Afterwards, without strace: the daemon answers, each reference is whole or absent, nothing
 half-written is on the disk, and nothing is reserved, held or open that was not before. Where the
 kernel refuses the interpreter or gRPC their memory or threads the daemon may die (`MAY_DIE`); then
-its next life is held to the same.
+its next life is held to the same. A tier that turned itself off would write nothing for a minute:
+then the next step has a new daemon, or it would refuse nothing of the disk.
+
+The first call of each kind with each error comes first, then every second one, and so on: where
+time is short the walk is less deep, and no kind is missing.
 
 `close` is not among the calls: a close that is refused on Linux has closed nonetheless (close(2)),
 one that strace refuses has not. Nor are read, write and epoll_ctl: the first in each thread are
@@ -13,13 +17,13 @@ gRPC's wake-ups by eventfd, which no kernel refuses and after which gRPC's loop 
 """
 
 import argparse
-import signal
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from typing import Any
 import grpc
 
 from tests.support.disk_daemon import Home, found, reference
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.wire import Client, Daemon, eventually, sha256
 
 ERRORS = ("ENOSPC", "EMFILE", "ENOMEM", "EIO", "EINTR")
@@ -48,8 +53,7 @@ LIMITS: dict[str, Any] = {
 }
 _CALL_SECONDS = 4.0
 _TAKEN_AWAY, _GIVING_UP_SECONDS = 72, 20.0
-_MOST_TIMES = 40
-_ATTACH_SECONDS = 20.0
+_MOST_TIMES, _MINUTES = 40, 13.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class Walk:
         """Do one step and look at what it left."""
         daemon = self._living()
         first, self._number = self._number, self._number + 3
-        with refusing(daemon.pid, step, self._place / "trace") as injected:
+        with refusing_meanwhile(
+            daemon.pid, step.call, step.error, self._place / "trace", number=step.number
+        ) as injected:
             stored = self._round(daemon, first)
         trace = [line for line in injected().splitlines() if "(INJECTED)" in line]
         died = daemon.process.poll() is not None or self._gave_up(daemon, step)
@@ -112,6 +118,7 @@ class Walk:
                 raise AssertionError(f"the daemon died with status {daemon.process.returncode}")
             self._require_whole(range(first, first + 3))
             self._require_at_rest()
+            self._require_the_disk()
         except (AssertionError, grpc.RpcError, OSError) as error:
             trouble = f"{type(error).__name__}: {error}; log: {daemon.logged()[-1500:]}; {trace}"
             self.close()
@@ -156,9 +163,16 @@ class Walk:
                 self._descriptors = self._daemon.descriptors()
         return self._daemon
 
+    def _require_the_disk(self) -> None:
+        """End a daemon whose tier turned itself off: it would write nothing for a minute."""
+        with Client(self._living().directory) as client:
+            is_off = client.status().disk.disabled_reason
+        if is_off:
+            self.close()
+
     def _require_whole(self, numbers: Sequence[int]) -> None:
         """Each is served as it was stored, or is a miss; in a next life, too."""
-        with ImpatientClient(self._living().directory) as client:
+        with Client(self._living().directory) as client:
             for number in numbers:
                 got = found(client, sha256(reference(number)))
                 assert got in (None, reference(number)), f"reference {number} is not whole"
@@ -170,7 +184,7 @@ class Walk:
         with Client(daemon.directory) as client:
             self._await_rest(client)
             try:
-                eventually(lambda: daemon.descriptors() <= self._descriptors, 6)
+                eventually(lambda: daemon.descriptors() <= self._descriptors)
             except AssertionError:
                 links = [str(link.readlink()) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()]
                 raise AssertionError(f"more than {self._descriptors} open: {links}") from None
@@ -184,7 +198,7 @@ class Walk:
             busy = (status.stores_in_progress, store.handouts, store.reserved_bytes)
             return (status.sessions, status.connections) == (1, 1) and not any(busy)
 
-        eventually(resting, 10)
+        eventually(resting)
 
     def close(self) -> None:
         """End the daemon that lives."""
@@ -192,42 +206,35 @@ class Walk:
         self._daemon = None
 
 
-@contextmanager
-def refusing(pid: int, step: Step, trace: Path) -> "Iterator[Any]":
-    """Refuse a call of a process while the block runs; what it yields tells what was called."""
-    inject = f"inject={step.call}:error={step.error}:when={step.number}"
-    command = ["strace", "-f", "-o", trace, "-e", f"trace={step.call}", "-e", inject]
-    with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        said = strace.stderr.readline()
-        try:
-            assert "attached" in said, said
-            yield lambda: trace.read_text(errors="replace")
-        finally:
-            strace.send_signal(signal.SIGINT)
-            strace.stderr.read()
-            strace.wait(_ATTACH_SECONDS)
-
-
-def steps(calls: Sequence[str], errors: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each call with each error."""
-    for call in calls:
-        for error in errors:
-            yield call, error
-
-
 def walk(
-    place: Path, calls: Sequence[str], errors: Sequence[str], most_times: int = _MOST_TIMES
+    place: Path,
+    calls: Sequence[str],
+    errors: Sequence[str],
+    most_times: int = _MOST_TIMES,
+    until: float = math.inf,
 ) -> Iterator[Seen]:
-    """Yield what became of each step, until a call does not come as often as that."""
+    """Yield what became of each step: the first calls of each kind with each error, then the next.
+
+    Args:
+        place: an empty directory.
+        calls: their names.
+        errors: their names.
+        most_times: how often at most one call is refused with one error.
+        until: the time.monotonic() at which no further step begins.
+    """
     walking = Walk(place)
+    left = [(call, error) for call in calls for error in errors]
     try:
-        for call, error in steps(calls, errors):
-            for number in range(1, most_times + 1):
+        for number in range(1, most_times + 1):
+            still = []
+            for call, error in left:
+                if time.monotonic() >= until:
+                    return
                 seen = walking.take(Step(call, error, number))
-                if not seen.injected:
-                    break
-                yield seen
+                if seen.injected:
+                    still.append((call, error))
+                    yield seen
+            left = still
     finally:
         walking.close()
 
@@ -238,6 +245,7 @@ def main() -> int:
     parser.add_argument("--calls", default=",".join(CALLS))
     parser.add_argument("--errors", default=",".join(ERRORS))
     parser.add_argument("--most-times", type=int, default=_MOST_TIMES)
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="no step begins later")
     arguments = parser.parse_args()
     seen: list[Seen] = []
     begun = time.monotonic()
@@ -247,6 +255,7 @@ def main() -> int:
             arguments.calls.split(","),
             arguments.errors.split(","),
             arguments.most_times,
+            begun + arguments.minutes * 60,
         ):
             seen.append(one)
             if one.trouble or one.died:
@@ -257,7 +266,8 @@ def main() -> int:
         f"{len(seen)} steps, {injected} refused calls of {len({one.step.call for one in seen})} "
         f"kinds in {time.monotonic() - begun:.0f} s; the daemon died in "
         f"{sum(one.died for one in seen)}; stored all the same in "
-        f"{sum(one.stored for one in seen)}; troubles: {len(fallen)}"
+        f"{sum(one.stored for one in seen)}; troubles: {len(fallen)}; walked to the "
+        f"{max((one.step.number for one in seen), default=0)}. call of a kind"
     )
     return 1 if fallen else 0
 

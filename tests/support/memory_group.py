@@ -69,7 +69,8 @@ class Hog:
         """Take so many bytes more, and return when they are there."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(size, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # killed since it answered last
+            print(size, file=self._process.stdin, flush=True)
         assert self._process.stdout.readline(), "the hog was killed"
         self.taken_bytes += size
 

@@ -1,9 +1,10 @@
 """A real systemd as the first process of a namespace of its own, on a machine that runs on.
 
-It has its own pids, mounts, control groups, IPC and host name. `/run`, `/var/log`, `/var/cache` and
-the administrator's units are fresh there, /proc/sys is read-only, and what a boot starts is left
-out, so that nothing of the machine changes. Leaving kills the first process, and the kernel all
-others with it.
+It has its own pids, mounts, control groups, IPC and host name. Mounts propagate in it, as where a
+machine booted it, or units would not see their credentials; none leaves it. `/run`, `/var/log`,
+`/var/cache` and the administrator's units are fresh there, /proc/sys is read-only, and what a boot
+starts is left out, so that nothing of the machine changes. Leaving kills the first process, and the
+kernel all others with it.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ umount -R /sys/fs/cgroup
 mount -t tmpfs -o mode=0755 tmpfs /sys/fs/cgroup
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
+mount --make-rshared /
 mkdir -p /run/systemd/system
 """
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}

@@ -12,9 +12,9 @@ from typing import Any
 
 from dgcache import Settings, ending, launcher
 from dgcache.cache import connect
-from dgcache_cli import exits
-from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
-from dgcache_core.errors import CacheError, CacheUnavailableError
+from dgcache_cli import exits, instance
+from dgcache_cli.output import print_fields, print_json
+from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError
 from dgcache_core.settings import DaemonSettings, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
@@ -87,6 +87,11 @@ def patient(settings: Settings) -> Settings:
 
 def _start(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    waiting = instance.instance_of(os.environ, settings.socket_dir)
+    if waiting is not None and not waiting.pid:
+        instance.start(waiting, os.environ, settings.socket_dir)
+        print(f"{waiting.service} serves")
+        return exits.OK
     options: list[str] = []
     for name in _OPTIONS:
         if getattr(arguments, name) is not None:
@@ -106,6 +111,10 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        print(instance.stop(theirs, os.environ, settings.socket_dir, force=arguments.force))
+        return exits.OK
     serving = ending.find(settings.socket_dir, os.environ)
     if serving is None and not _units_listen():
         print("dg-cached is not running")
@@ -127,6 +136,11 @@ def _units_listen() -> bool:
 
 def _restart(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        instance.restart(theirs, os.environ, settings.socket_dir, force=arguments.force)
+        print(f"{theirs.service} serves")
+        return exits.OK
     serving = ending.find(settings.socket_dir, os.environ)
     if serving is not None and serving.unit == _UNITS[1]:
         return _systemctl("restart", _UNITS[1])
@@ -171,157 +185,35 @@ def _ask(settings: Settings) -> dict[str, Any]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from dgcache_cli.description import described
     from dgcache_cli.findings import findings
+    from dgcache_cli.kernel_features import features
+    from dgcache_cli.lingering import lingering_here
 
     client = Settings.resolved()
     status = _ask(client.settings)
     found = findings(os.environ, client, status)
+    here = {"kernel": features(), "lingering": lingering_here()}
     if arguments.json:
-        print_json({**status, "findings": found})
+        print_json({**status, "here": here, "findings": found})
     else:
-        print_fields([*_described(status), *(("finding", text) for text in found)])
+        print_fields([*described(status), *here.items(), *(("finding", text) for text in found)])
     return exits.OK
 
 
-def _described(status: dict[str, Any]) -> list[tuple[str, str]]:
-    store, hardening = status["store"], status["hardening"]
-    used = store["blob_bytes"] + store["handout_bytes"] + store["reserved_bytes"]
-    supervised = "under systemd" if status["supervisor"] == "systemd" else "on its own"
-    asked = store["hits"] + sum(store["misses"].values())
-    misses = ", ".join(f"{count} {reason}" for reason, count in sorted(store["misses"].items()))
-    return [
-        ("dg-cached", f"{status['build']}, pid {status['pid']}, {supervised}"),
-        ("up for", human_seconds(status["uptime_seconds"])),
-        ("directory", status["directory"]),
-        ("logs to", status["log"]),
-        (
-            "memory",
-            f"{human_size(used)} of {human_size(store['max_bytes'])}: "
-            f"{human_size(store['blob_bytes'])} encrypted, "
-            f"{human_size(store['handout_bytes'])} held by clients, "
-            f"{human_size(store['reserved_bytes'])} in progress",
-        ),
-        ("pressure", _pressure(status["pressure"], store)),
-        ("disk", _disk(status["disk"])),
-        (
-            "references",
-            f"{store['entries']} for {store['bindings']} deltaspaces; "
-            f"largest possible {human_size(store['max_entry_bytes'])}",
-        ),
-        ("saved", f"{store['hits']} GETs, {human_size(store['hit_bytes'])}"),
-        (
-            "hits",
-            f"{store['hits']} of {asked} lookups, {store['shared_hits']} without a decryption",
-        ),
-        ("misses", misses or "none"),
-        (
-            "stores",
-            f"{store['stores']} ({human_size(store['stored_bytes'])}), "
-            f"{store['refused_stores']} refused, {store['evictions']} evicted, "
-            f"{store['expirations']} expired, {store['corruptions']} corrupt",
-        ),
-        (
-            "clients",
-            f"{status['sessions']} sessions, {status['connections']} connections, "
-            f"{status['stores_in_progress']} stores in progress",
-        ),
-        ("fetches", _fetches(status["leases"])),
-        (
-            "protection",
-            f"keys in {hardening['keys']}, "
-            f"{'dumpable' if hardening['dumpable'] else 'not dumpable'}, "
-            f"core limit {hardening['core_limit_bytes']} B, umask {hardening['umask']:04o}",
-        ),
-        ("confined", _confined(hardening)),
-        ("watched by", _monitor(status["monitor"])),
-        ("security", _security(status["security_events"])),
-    ]
-
-
-def _confined(hardening: dict[str, Any]) -> str:
-    """One line about what is in effect; `doctor` judges it."""
-    if not hardening.get("kernel"):
-        return "unknown: an older dg-cached runs, see dg-cache restart"
-    refuses = ", ".join(hardening["landlock_refuses"])
-    parts = [
-        f"Landlock ABI {hardening['landlock_abi']} ({refuses})" if refuses else "no Landlock",
-        "no new privileges" if hardening["no_new_privileges"] else "new privileges possible",
-        "no capabilities" if not hardening["capabilities"] else "capabilities",
-        "filtered system calls" if hardening["filters_system_calls"] else "any system call",
-        "own user namespace" if hardening["user_namespace"] else "no user namespace of its own",
-        f"/ {'read-only' if hardening['root_read_only'] else 'writable'}",
-        f"home {hardening['home']}",
-        "network" if hardening["network"] else "no network",
-        f"swap to {hardening['swap']}" if hardening["swap"] else "no swap",
-    ]
-    return f"{'; '.join(parts)}: see dg-cache doctor"
-
-
-def _fetches(leases: dict[str, Any]) -> str:
-    if not leases:
-        return "unknown: an older dg-cached runs, see dg-cache restart"
-    return (
-        f"{leases['held']} in progress, {leases['waiting']} waiting for them; "
-        f"{leases['saved']} GETs saved by waiting"
-    )
-
-
-def _monitor(monitor: dict[str, Any]) -> str:
-    if not monitor:
-        return "nothing: an older dg-cached runs, see dg-cache restart"
-    watched = f"{monitor['mechanism']}, {monitor['watched_directories']} directories"
-    rescans = f", {monitor['rescans']} rescans" if monitor["rescans"] else ""
-    reason = f"; {monitor['disabled_reason']}" if monitor["disabled_reason"] else ""
-    return watched + rescans + reason
-
-
-def _security(counts: dict[str, int]) -> str:
-    if not counts:
-        return "no events"
-    by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    return f"{by_kind}: see dg-cache events"
-
-
-def _disk(disk: dict[str, Any]) -> str:
-    """One line about the disk tier."""
-    if not disk:
-        return "no disk tier (DG_CACHE_DISK_SIZE_MB)"
-    if not disk["enabled"]:
-        return f"switched off: {disk['disabled_reason']}"
-    life = "outlives the daemon" if disk["persistent"] else "ends with the daemon"
-    return (
-        f"{human_size(disk['bytes'])} of {human_size(disk['max_bytes'])}, "
-        f"{disk['entries']} references; {disk['loads']} came back, {disk['evictions']} evicted, "
-        f"{disk['corruptions']} corrupt; {life}"
-    )
-
-
-def _pressure(pressure: dict[str, Any], store: dict[str, Any]) -> str:
-    """One line about memory pressure; a daemon of an older version says nothing of it."""
-    if not pressure:
-        return "unknown"
-    by = "alarms and samples" if pressure["psi"] else "samples"
-    if not pressure["shrinks"]:
-        return f"none so far; watched by {by}"
-    limit, budget = pressure["limit_bytes"], store["max_bytes"]
-    now = f"limited to {human_size(limit)} of" if limit < budget else "over, again"
-    return (
-        f"{now} {human_size(budget)}; lowered {pressure['shrinks']} times, "
-        f"{store['pressure_evictions']} evicted, the last "
-        f"{human_seconds(pressure['seconds_since'])} ago: {pressure['cause']}"
-    )
-
-
 def _logs(arguments: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    theirs = instance.instance_of(os.environ, settings.socket_dir)
+    if theirs is not None:
+        return _logs_of(theirs, arguments)
     try:
-        where = _ask(Settings.from_environment())["log"]
+        where = _ask(settings)["log"]
     except CacheError:
         where = str(launcher.default_log_file(os.environ))
         if not Path(where).exists():
             where = "journal" if shutil.which("journalctl") else where
     if where == "journal":
-        journal = ["journalctl", "--user", "--unit", "dg-cached", "--lines", str(arguments.lines)]
-        return _run([*journal, *(["--follow"] if arguments.follow else [])])
+        return _journal(arguments, "--user", "--unit", "dg-cached")
     if where == "stderr":
         raise CacheUnavailableError(
             "this dg-cached runs in the foreground and logs to its terminal"
@@ -336,6 +228,21 @@ def _logs(arguments: argparse.Namespace) -> int:
             f"there is no log at {where}: start with dg-cache start"
         ) from error
     return exits.OK
+
+
+def _logs_of(theirs: instance.Instance, arguments: argparse.Namespace) -> int:
+    """An account's own journal has what its instance logged, unless it is a system account's."""
+    if _journal(arguments, "--unit", theirs.service) != 0:
+        raise CacheRefusedError(
+            "this account may not read that journal: an administrator can, with "
+            f"sudo journalctl --unit {theirs.service}"
+        )
+    return exits.OK
+
+
+def _journal(arguments: argparse.Namespace, *which: str) -> int:
+    wanted = ["--lines", str(arguments.lines), *(["--follow"] if arguments.follow else [])]
+    return _run(["journalctl", *which, *wanted])
 
 
 def _run(argv: list[str]) -> int:

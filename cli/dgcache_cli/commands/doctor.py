@@ -2,7 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from dgcache import Settings
@@ -44,12 +47,15 @@ def _text(one: Finding) -> str:
 def _all() -> list[Finding]:
     from dgcache_cli.commands.daemon import patient
     from dgcache_cli.findings import findings
+    from dgcache_cli.kernel_features import of_kernel, swap_limit
+    from dgcache_cli.supervision import Supervision
     from dgcache_cli.surroundings import of_surroundings
     from dgcache_cli.units import user_directory
 
     client = Settings.resolved()
     found: list[Finding] = []
     status: dict[str, Any] | None = None
+    instance = ""
     try:
         backend = connect(patient(client.settings))
         try:
@@ -64,12 +70,31 @@ def _all() -> list[Finding]:
         )
     if status is not None:
         found.append(_version(status))
-        found += of_daemon(status)
+        supervision = Supervision(status, os.environ)
+        instance = supervision.instance
+        found += of_daemon(status, forgoes_namespaces=supervision.forgoes_namespaces())
     found += [
         Finding(Level.WARN, "settings", text) for text in findings(os.environ, client, status)
     ]
-    found += of_surroundings(os.environ, client.settings.socket_dir, user_directory(os.environ))
+    directory = user_directory(os.environ)
+    found += of_surroundings(os.environ, client.settings.socket_dir, directory, instance)
+    found += of_kernel()
+    found.append(swap_limit(_groups_of(status), _swaps()))
     return found
+
+
+def _swaps() -> str:
+    with suppress(OSError):
+        return Path("/proc/swaps").read_text()
+    return ""
+
+
+def _groups_of(status: Mapping[str, Any] | None) -> str:
+    """Return the control groups of the daemon; ours where none runs, or none that is seen here."""
+    for pid in (status["pid"] if status else "self", "self"):
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/cgroup").read_text()
+    return ""
 
 
 def _version(status: dict[str, Any]) -> Finding:

@@ -118,6 +118,7 @@ class Limits(_message.Message):
     CALLS_PER_SESSION_FIELD_NUMBER: _builtins.int
     STORES_AT_ONCE_FIELD_NUMBER: _builtins.int
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
+    READS_AT_ONCE_FIELD_NUMBER: _builtins.int
     max_entry_bytes: _builtins.int
     """the largest reference that can be stored"""
     max_message_bytes: _builtins.int
@@ -128,6 +129,8 @@ class Limits(_message.Message):
     """stores in progress, over all sessions"""
     lease_seconds: _builtins.float
     """how long a lease lasts at the most"""
+    reads_at_once: _builtins.int
+    """Read streams in progress, over all connections"""
     def __init__(
         self,
         *,
@@ -136,10 +139,11 @@ class Limits(_message.Message):
         calls_per_session: _builtins.int = ...,
         stores_at_once: _builtins.int = ...,
         lease_seconds: _builtins.float = ...,
+        reads_at_once: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_session", b"calls_per_session", "lease_seconds", b"lease_seconds", "max_entry_bytes", b"max_entry_bytes", "max_message_bytes", b"max_message_bytes", "stores_at_once", b"stores_at_once"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_session", b"calls_per_session", "lease_seconds", b"lease_seconds", "max_entry_bytes", b"max_entry_bytes", "max_message_bytes", b"max_message_bytes", "reads_at_once", b"reads_at_once", "stores_at_once", b"stores_at_once"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -886,6 +890,7 @@ class StatusResponse(_message.Message):
     MONITOR_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     DISK_FIELD_NUMBER: _builtins.int
+    READS_IN_PROGRESS_FIELD_NUMBER: _builtins.int
     PRESSURE_FIELD_NUMBER: _builtins.int
     build: _builtins.str
     protocol: _builtins.int
@@ -898,6 +903,7 @@ class StatusResponse(_message.Message):
     stores_in_progress: _builtins.int
     log: _builtins.str
     """where it logs: "journal", "stderr", or a file's path"""
+    reads_in_progress: _builtins.int
     @_builtins.property
     def store(self) -> Global___StoreStatus: ...
     @_builtins.property
@@ -937,11 +943,12 @@ class StatusResponse(_message.Message):
         monitor: Global___Monitor | None = ...,
         leases: Global___LeaseStatus | None = ...,
         disk: Global___DiskStatus | None = ...,
+        reads_in_progress: _builtins.int = ...,
         pressure: Global___Pressure | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "hardening", b"hardening", "leases", b"leases", "monitor", b"monitor", "pressure", b"pressure", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "disk", b"disk", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "pressure", b"pressure", "protocol", b"protocol", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "connections", b"connections", "disk", b"disk", "hardening", b"hardening", "leases", b"leases", "log", b"log", "monitor", b"monitor", "pid", b"pid", "pressure", b"pressure", "protocol", b"protocol", "reads_in_progress", b"reads_in_progress", "security_events", b"security_events", "sessions", b"sessions", "settings", b"settings", "store", b"store", "stores_in_progress", b"stores_in_progress", "supervisor", b"supervisor", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,7 +156,8 @@ class ReferenceCacheServicer(object):
 
     def Read(self, request, context):
         """Streams a reference's bytes, for clients that cannot receive descriptors. Any admitted
-        connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup.
+        connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup, and
+        RESOURCE_EXHAUSTED: as many are in progress as there may be, also of readers that do not read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -85,7 +85,8 @@ class ReferenceCacheStub:
     """
     Read: _grpc.UnaryStreamMultiCallable[_dgcache_pb2.ReadRequest, _dgcache_pb2.ReadResponse]
     """Streams a reference's bytes, for clients that cannot receive descriptors. Any admitted
-    connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup.
+    connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup, and
+    RESOURCE_EXHAUSTED: as many are in progress as there may be, also of readers that do not read.
     """
     Write: _grpc.StreamUnaryMultiCallable[_dgcache_pb2.WriteRequest, _dgcache_pb2.WriteResponse]
     """Stores a reference from a stream, for clients that cannot receive descriptors. Any admitted
@@ -147,7 +148,8 @@ class ReferenceCacheAsyncStub(ReferenceCacheStub):
     """
     Read: _aio.UnaryStreamMultiCallable[_dgcache_pb2.ReadRequest, _dgcache_pb2.ReadResponse]  # type: ignore[assignment]
     """Streams a reference's bytes, for clients that cannot receive descriptors. Any admitted
-    connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup.
+    connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup, and
+    RESOURCE_EXHAUSTED: as many are in progress as there may be, also of readers that do not read.
     """
     Write: _aio.StreamUnaryMultiCallable[_dgcache_pb2.WriteRequest, _dgcache_pb2.WriteResponse]  # type: ignore[assignment]
     """Stores a reference from a stream, for clients that cannot receive descriptors. Any admitted
@@ -242,7 +244,8 @@ class ReferenceCacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_dgcache_pb2.ReadResponse], _abc.AsyncIterator[_dgcache_pb2.ReadResponse]]:
         """Streams a reference's bytes, for clients that cannot receive descriptors. Any admitted
-        connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup.
+        connection. The first response has `size`, each has at most 1 MiB. Same errors as Lookup, and
+        RESOURCE_EXHAUSTED: as many are in progress as there may be, also of readers that do not read.
         """
 
     @_abc_1.abstractmethod
