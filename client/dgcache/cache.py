@@ -474,9 +474,13 @@ def connect(settings: Settings) -> "DaemonBackend":
         CacheRefusedError: a directory or the daemon's uid failed its check.
     """
     session = Session.connect(settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000)
-    from dgcache.remote import DaemonBackend  # grpc is loaded only now that there is a daemon
+    from dgcache.remote import DaemonBackend  # loaded only now that there is a daemon
 
-    return DaemonBackend(session)
+    try:
+        return DaemonBackend(session, settings.transport or "grpc")
+    except CacheError:
+        session.close()
+        raise
 
 
 def _sweeper(local: "LocalBackend") -> Callable[[], None]:

@@ -42,8 +42,8 @@ def _text(one: Finding) -> str:
 
 
 def _all() -> list[Finding]:
-    from dgcache_cli.commands.daemon import patient
     from dgcache_cli.findings import findings
+    from dgcache_cli.patience import patient
     from dgcache_cli.surroundings import of_surroundings
     from dgcache_cli.units import user_directory
 

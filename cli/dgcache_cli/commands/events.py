@@ -10,7 +10,7 @@ from typing import Any
 from dgcache import Settings
 from dgcache.cache import connect
 from dgcache_cli import exits
-from dgcache_cli.commands.daemon import patient
+from dgcache_cli.patience import patient
 
 _EPILOG = """\
 The daemon keeps the last 256 security events; `dropped` tells how many came before one and are not

@@ -16,8 +16,8 @@ from dgcache.cache import connect
 from dgcache.reference import Reference
 from dgcache.sources import WatchedSource, opened
 from dgcache_cli import exits
-from dgcache_cli.commands.daemon import patient
 from dgcache_cli.output import human_seconds, human_size, print_json, print_table, progress
+from dgcache_cli.patience import patient
 from dgcache_core.errors import CacheMissError, InvalidReferenceError
 from dgcache_core.references import Deltaspace, parse_deltaspace, parse_sha256
 from dgcache_core.store import EntryInfo
@@ -112,7 +112,6 @@ def _get(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterator[Reference]:
     """Get it from the daemon, or fetch it, with or without one."""
-    settings = Settings.from_environment()
     if fetch is None:
         with _daemon() as daemon:
             handout = daemon.get(deltaspace, parse_sha256(sha256))
@@ -120,7 +119,7 @@ def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterat
                 yield reference
         return
     with (
-        dgcache.open(settings) as cache,
+        dgcache.open(Settings.from_environment().for_one_shot()) as cache,
         progress("fetching", None) as advance,
         cache.get_or_fetch(
             deltaspace.bucket, deltaspace.prefix, sha256, lambda: _Fetch(fetch, advance)
