@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptor_module import descriptor_module
+
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "proto/dgcache_proto": set(),
@@ -107,3 +109,5 @@ def test_the_stubs_are_what_the_proto_says(tmp_path: Path) -> None:
     assert len(generated) == 4
     for path in generated:
         assert (tmp_path / path).read_text() == (ROOT / "proto" / path).read_text(), path
+    descriptor = (ROOT / "proto/dgcache_proto/v1/dgcache_descriptor.py").read_text()
+    assert descriptor == descriptor_module()

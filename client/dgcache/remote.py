@@ -12,20 +12,21 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dgcache.claims import Claim
 from dgcache.session import Session
-from dgcache.sources import Source
 from dgcache.statuses import miss_reason
 from dgcache.transports import transport_on
 from dgcache_core.errors import CacheError, CacheUnavailableError, MissReason
 from dgcache_core.handouts import Handout
 from dgcache_core.references import Deltaspace, Sha256
 from dgcache_core.sealed_files import require_sealed
-from dgcache_core.store import EntryInfo, Freed
-from dgcache_proto.v1 import dgcache_pb2 as pb
+from dgcache_proto import messages as pb
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
+
+    from dgcache.claims import Claim
+    from dgcache.sources import Source
+    from dgcache_core.store import EntryInfo, Freed
 
 M = TypeVar("M", bound="Message")
 
@@ -74,7 +75,7 @@ class DaemonBackend:
 
     def get_or_lease(
         self, deltaspace: Deltaspace, sha256: Sha256, wait_seconds: float
-    ) -> Handout | Claim:
+    ) -> "Handout | Claim":
         """Return a handout, at once or when another process has stored it, or the claim to fetch.
 
         Args:
@@ -103,6 +104,8 @@ class DaemonBackend:
         finally:
             self._waits.release()
         if answer.HasField("lease"):
+            from dgcache.claims import Claim
+
             return Claim(self, answer.lease.id)
         return self._receive(request_id, answer.size, sha256)
 
@@ -120,7 +123,7 @@ class DaemonBackend:
             raise
         return Handout(fd, size, sha256)
 
-    def put(self, deltaspace: Deltaspace, source: Source, expected: Sha256 | None) -> Sha256:
+    def put(self, deltaspace: Deltaspace, source: "Source", expected: Sha256 | None) -> Sha256:
         """See `Backend`."""
         source.rewind()
         deposit = self.begin(deltaspace, source.size, expected)
@@ -151,20 +154,24 @@ class DaemonBackend:
         answer = self._call("Contains", request, pb.ContainsResponse, _SHORT_SECONDS)
         return None if answer.contained else miss_reason(answer.miss_reason)
 
-    def evict(self, deltaspace: Deltaspace) -> Freed:
+    def evict(self, deltaspace: Deltaspace) -> "Freed":
         """See `Backend`."""
+        from dgcache_core.store import Freed
+
         request = pb.EvictRequest(deltaspace=_message(deltaspace))
         answer = self._call("Evict", request, pb.EvictResponse, _SHORT_SECONDS)
         return Freed(answer.freed_entries, answer.freed_bytes)
 
-    def clear(self, *, rekey: bool = False) -> Freed:
+    def clear(self, *, rekey: bool = False) -> "Freed":
         """See `Backend`."""
+        from dgcache_core.store import Freed
+
         answer = self._call(
             "Clear", pb.ClearRequest(rekey=rekey), pb.ClearResponse, _LOOKUP_SECONDS
         )
         return Freed(answer.freed_entries, answer.freed_bytes)
 
-    def entries(self) -> list[EntryInfo]:
+    def entries(self) -> "list[EntryInfo]":
         """See `Backend`."""
         entries: list[pb.Entry] = []
         more = True
@@ -238,7 +245,7 @@ class RemoteDeposit:
         self._poll.register(write_end, select.POLLOUT)
         os.set_blocking(write_end, False)
 
-    def pour(self, source: Source) -> None:
+    def pour(self, source: "Source") -> None:
         """Send the whole source. Where the daemon stops reading, the commit tells why.
 
         Raises:
@@ -292,11 +299,13 @@ class RemoteDeposit:
             self._write_end = -1
 
 
-def _message(deltaspace: Deltaspace) -> pb.Deltaspace:
+def _message(deltaspace: Deltaspace) -> "pb.Deltaspace":
     return pb.Deltaspace(bucket=deltaspace.bucket, prefix=deltaspace.prefix)
 
 
-def _entry_info(entry: pb.Entry) -> EntryInfo:
+def _entry_info(entry: "pb.Entry") -> "EntryInfo":
+    from dgcache_core.store import EntryInfo
+
     return EntryInfo(
         sha256=Sha256(entry.sha256.hex()),
         size=entry.size,

@@ -7,7 +7,6 @@ The decision imports neither grpc nor protobuf: protobuf comes with the first by
 import itertools
 import os
 import select
-import shlex
 import socket
 import stat
 import struct
@@ -29,7 +28,7 @@ from dgcache_core.runtime_directory import (
 )
 
 if TYPE_CHECKING:
-    from dgcache_proto.v1 import dgcache_pb2
+    from dgcache_proto import messages as pb
 
 T = TypeVar("T")
 
@@ -54,7 +53,7 @@ class Session:
         connection: socket.socket,
         directory: Path,
         directory_fd: int,
-        hello: "dgcache_pb2.Hello",
+        hello: "pb.Hello",
     ) -> None:
         self._connection = connection
         self._turn = threading.Condition()
@@ -63,7 +62,7 @@ class Session:
         self._unclaimed: dict[int, int] = {}
         self._call_ids = itertools.count(1)
         self._awaited: set[int] = set()
-        self._answers: dict[int, dgcache_pb2.Answer] = {}
+        self._answers: dict[int, pb.Answer] = {}
         self.directory = directory
         self.directory_fd = directory_fd
         self.hello = hello
@@ -106,7 +105,7 @@ class Session:
         """
         return self._arrival(self._unclaimed, request_id, time.monotonic() + budget_seconds)
 
-    def call(self, method: str, request: bytes, seconds: float) -> "dgcache_pb2.Answer":
+    def call(self, method: str, request: bytes, seconds: float) -> "pb.Answer":
         """Make a call on the session itself and return its answer, whatever its code.
 
         Args:
@@ -117,11 +116,11 @@ class Session:
         Raises:
             CacheUnavailableError: the session is over, or the daemon stopped or too slow.
         """
-        from dgcache_proto.v1 import dgcache_pb2
+        from dgcache_proto import messages as pb
 
         deadline = time.monotonic() + seconds
         call_id = next(self._call_ids)
-        call = dgcache_pb2.Call(id=call_id, method=method, request=request, timeout_seconds=seconds)
+        call = pb.Call(id=call_id, method=method, request=request, timeout_seconds=seconds)
         self._awaited.add(call_id)
         try:
             self._send(call.SerializeToString(), deadline)
@@ -249,13 +248,16 @@ def _require_own_socket(path: Path, directory_fd: int) -> None:
         status = os.stat(path.name, dir_fd=directory_fd, follow_symlinks=False)
     except FileNotFoundError:
         return  # the first call fails
+    if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+        return
+    import shlex
+
     if not stat.S_ISSOCK(status.st_mode):
         raise CacheRefusedError(f"{path} is no socket: remove it with rm {shlex.quote(str(path))}")
-    if status.st_uid != os.geteuid():
-        raise CacheRefusedError(
-            f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: "
-            f"remove it with rm {shlex.quote(str(path))}, then dg-cache restart"
-        )
+    raise CacheRefusedError(
+        f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: "
+        f"remove it with rm {shlex.quote(str(path))}, then dg-cache restart"
+    )
 
 
 def _receive_within(connection: socket.socket, deadline: float) -> bytes:
@@ -273,7 +275,7 @@ def _wait_ready(connection: socket.socket, for_what: int, deadline: float) -> No
         raise CacheUnavailableError("the daemon does not answer: run dg-cache restart --force")
 
 
-def _understood(packet: bytes) -> "dgcache_pb2.Hello":
+def _understood(packet: bytes) -> "pb.Hello":
     hello = _parsed(packet).hello
     if hello.protocol < OLDEST_PROTOCOL or hello.oldest_protocol > PROTOCOL:
         older = "daemon" if hello.protocol < OLDEST_PROTOCOL else "client"
@@ -284,13 +286,13 @@ def _understood(packet: bytes) -> "dgcache_pb2.Hello":
     return hello
 
 
-def _parsed(packet: bytes) -> "dgcache_pb2.SessionMessage":
+def _parsed(packet: bytes) -> "pb.SessionMessage":
     from google.protobuf.message import DecodeError
 
-    from dgcache_proto.v1 import dgcache_pb2
+    from dgcache_proto import messages as pb
 
     try:
-        return dgcache_pb2.SessionMessage.FromString(packet)
+        return pb.SessionMessage.FromString(packet)
     except DecodeError as error:
         raise CacheUnavailableError("what listens there does not speak our protocol") from error
 

@@ -11,8 +11,8 @@ import pytest
 
 import dgcache
 from dgcache import Settings
-from dgcache.cache import connect
 from dgcache.claims import Claim
+from dgcache.connecting import connect
 from dgcache.grpc_transport import GrpcTransport
 from dgcache.session import Session
 from dgcache.transports import DirectTransport, transport_on

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgcache import Settings, ending, launcher
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json
 from dgcache_cli.patience import patient

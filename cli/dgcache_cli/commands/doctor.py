@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
 from dgcache_cli.diagnosis import Finding, Level, of_daemon
 from dgcache_cli.output import print_fields, print_json

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
 from dgcache_cli.patience import patient
 

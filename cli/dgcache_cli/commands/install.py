@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgcache import Settings, ending
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits, template, units
 from dgcache_cli.lingering import enabling, lingers
 from dgcache_cli.manager import Manager

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
 from dgcache_cli.output import print_fields, print_json, print_table
 from dgcache_cli.patience import patient
