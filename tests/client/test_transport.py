@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dgcache
+import dgcache.session
 from dgcache import Settings
 from dgcache.claims import Claim
 from dgcache.connecting import connect
@@ -78,8 +79,11 @@ def test_events_are_streamed_whatever_the_transport(daemon: Settings) -> None:
         backend.close()
 
 
-def test_a_thread_that_waits_on_the_session_ends_with_its_cache(short_directory: Path) -> None:
+def test_a_thread_that_waits_on_the_session_ends_with_its_cache(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Closing it wakes who waits for somebody's fetch, long before the wait is over."""
+    monkeypatch.setattr(dgcache.session, "_SILENCE_SECONDS", 600.0)
     with running(short_directory / "s"):
         settings = Settings(
             socket_dir=short_directory / "s", connect_timeout_ms=20_000, transport="direct"
