@@ -6,7 +6,6 @@ class from a descriptor. Where protobuf runs otherwise, or that extension is ano
 here, this is `dgcache_pb2` itself.
 """
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,13 @@ _FULL = "dgcache_proto.v1.dgcache_pb2"
 
 def _light_pool() -> Any:
     """Return the pool of descriptors with ours in it, or None where only `dgcache_pb2` will do."""
-    if _FULL in sys.modules or os.environ.get("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"):
+    if _FULL in sys.modules:
         return None
     try:
+        from google.protobuf.internal import api_implementation
+
+        if api_implementation.Type() != "upb":
+            return None
         from google._upb import _message
 
         from dgcache_proto.v1.dgcache_descriptor import SERIALIZED

@@ -19,6 +19,7 @@ from dgcache.session import Session
 from dgcache.transports import DirectTransport, transport_on
 from dgcache_core.errors import CacheUnavailableError
 from dgcache_core.references import Deltaspace, parse_sha256
+from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.wire import eventually, running
 
 DEEP = 60
@@ -135,3 +136,34 @@ assert not loaded, loaded
         "DG_CACHE_TRANSPORT": transport,
     }
     subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True)
+
+
+_CLASSES = """
+import sys
+if sys.argv[1] == "full first":
+    from dgcache_proto.v1 import dgcache_pb2
+from dgcache_proto import messages
+light = {name: getattr(messages, name) for name in sys.argv[3:]}
+assert ("google.protobuf.text_format" not in sys.modules) == (sys.argv[2] == "light")
+from dgcache_proto.v1 import dgcache_pb2
+for name, kind in light.items():
+    assert kind is getattr(dgcache_pb2, name), name
+assert messages.LookupRequest.ON_MISS_LEASE == dgcache_pb2.LookupRequest.ON_MISS_LEASE
+assert not hasattr(messages, "NoSuchMessage")
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "expected", "runtime"),
+    [
+        ("light first", "light", "upb"),
+        ("full first", "full", "upb"),
+        ("light first", "full", "python"),
+    ],
+)
+def test_the_light_messages_are_the_full_ones(order: str, expected: str, runtime: str) -> None:
+    """The same classes, whichever module comes first, and whatever runtime protobuf has."""
+    names = sorted(pb.DESCRIPTOR.message_types_by_name)
+    environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": runtime}
+    argv = [sys.executable, "-c", _CLASSES, order, expected, *names]
+    subprocess.run(argv, env=environment, check=True)
