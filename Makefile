@@ -64,6 +64,7 @@ proto: $(PROJECT)
 		--plugin=protoc-gen-mypy_grpc=.venv/bin/protoc-gen-mypy_grpc \
 		--python_out=proto --mypy_out=proto --grpc_python_out=proto --mypy_grpc_out=proto \
 		proto/dgcache_proto/v1/dgcache.proto
+	.venv/bin/python -m tests.support.descriptor_module > proto/dgcache_proto/v1/dgcache_descriptor.py
 
 environments: $(PROJECT) $(DELTAGLIDER)
 

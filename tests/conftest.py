@@ -36,12 +36,13 @@ def daemon() -> Iterator[Settings]:
         yield settings
 
 
-@pytest.fixture(params=["dg-cached", "memory", "filesystem"])
+@pytest.fixture(params=["dg-cached", "dg-cached-direct", "memory", "filesystem"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReferenceCache]:
-    """An empty cache of 64 MiB on each backend in turn."""
+    """An empty cache of 64 MiB on each backend in turn, the daemon's by each transport."""
     backend: str = request.param
-    if backend == "dg-cached":
-        with daemon_cache() as on_daemon:
+    if backend.startswith("dg-cached"):
+        transport = "direct" if backend.endswith("direct") else "grpc"
+        with daemon_cache(transport=transport) as on_daemon:
             assert on_daemon.backend == "dg-cached"
             yield on_daemon
         return

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptor_module import descriptor_module
+
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "proto/dgcache_proto": set(),
@@ -71,7 +73,9 @@ def test_only_entry_points_read_the_environment() -> None:
         "cli/dgcache_cli/commands/install.py",
         "cli/dgcache_cli/commands/setup.py",
         "cli/dgcache_cli/commands/uninstall.py",
+        "cli/dgcache_cli/main.py",
         "client/dgcache/cache.py",
+        "client/dgcache/connecting.py",
         "client/dgcache/settings.py",
         "client/dgcache/testing.py",
         "daemon/dgcached/logs.py",
@@ -107,3 +111,5 @@ def test_the_stubs_are_what_the_proto_says(tmp_path: Path) -> None:
     assert len(generated) == 4
     for path in generated:
         assert (tmp_path / path).read_text() == (ROOT / "proto" / path).read_text(), path
+    descriptor = (ROOT / "proto/dgcache_proto/v1/dgcache_descriptor.py").read_text()
+    assert descriptor == descriptor_module()

@@ -44,7 +44,7 @@ _NOBODYS = "ab" * 32
 # again, so that the user's own programs may open /proc/PID/fd.
 _AS = """\
 import ctypes, errno, fcntl, hashlib, json, os, random, select, socket, subprocess, sys, time
-import dgcache, dgcache.local, dgcache.remote
+import dgcache, dgcache.local, dgcache.grpc_transport, dgcache.remote
 from pathlib import Path
 become(int(sys.argv[1]))
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)

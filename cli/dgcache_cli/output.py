@@ -1,15 +1,12 @@
 """How things are printed: for people, in tables that fit 80 columns, or as JSON for programs.
 
-rich is imported where something is drawn, since most calls draw nothing.
+rich is imported where something is drawn, and json where it is printed: most calls do neither.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from dgcache.report import megabytes as human_size
 
 __all__ = [
     "counted",
@@ -26,6 +23,8 @@ _BAR_FROM_BYTES = 16 << 20
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
+    import json
+
     print(json.dumps(value, indent=2, default=str))
 
 
@@ -62,6 +61,13 @@ def print_table(
     for row in rows:
         table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
+
+
+def human_size(size: int) -> str:
+    """Return a size as people read it, in decimal units."""
+    from dgcache.report import megabytes
+
+    return megabytes(size)
 
 
 def human_seconds(seconds: float) -> str:

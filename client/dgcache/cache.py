@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dgcache.backends import Backend
 from dgcache.claims import Claim
+from dgcache.connecting import connect
 from dgcache.copies import (
     DAEMON_LOST,
     MAX_SPOOL_BYTES,
@@ -28,7 +29,6 @@ from dgcache.copies import (
 )
 from dgcache.reference import Reference, sha256_of_descriptor
 from dgcache.report import logger, report_fallback, report_fetch, report_hit
-from dgcache.session import Session
 from dgcache.settings import Settings
 from dgcache.sources import Source, StoreSource, opened
 from dgcache_core.errors import (
@@ -464,19 +464,6 @@ class ReferenceCache:
             memory_file = create_memory_file()
             stack.callback(os.close, memory_file)
             yield memory_file, mirror
-
-
-def connect(settings: Settings) -> "DaemonBackend":
-    """Return the daemon's backend, without a fallback.
-
-    Raises:
-        CacheUnavailableError: there is no daemon that can be used.
-        CacheRefusedError: a directory or the daemon's uid failed its check.
-    """
-    session = Session.connect(settings.socket_dir, os.environ, settings.connect_timeout_ms / 1000)
-    from dgcache.remote import DaemonBackend  # grpc is loaded only now that there is a daemon
-
-    return DaemonBackend(session)
 
 
 def _sweeper(local: "LocalBackend") -> Callable[[], None]:

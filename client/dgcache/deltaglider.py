@@ -342,7 +342,8 @@ def _port_of(cache: ReferenceCache | None) -> ReferenceCachePort:
     if cache is not None:
         return ReferenceCachePort(cache)
     if _shared_port is None:
-        settings = dgcache.Settings.from_environment()  # a wrong setting is an error at once
+        # a wrong setting is an error at once
+        settings = dgcache.Settings.from_environment().for_one_shot()
         _shared_port = ReferenceCachePort(lambda: _open_until_exit(settings))
     return _shared_port
 

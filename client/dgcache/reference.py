@@ -1,7 +1,6 @@
 """What a user holds: a sealed, read-only descriptor with the bytes of one reference."""
 
 import fcntl
-import hashlib
 import mmap
 import os
 import warnings
@@ -130,6 +129,8 @@ class Reference:
 
 def sha256_of_descriptor(fd: int, size: int) -> Sha256:
     """Return the digest of the first `size` bytes of an open file."""
+    import hashlib
+
     digest = hashlib.sha256()
     for offset in range(0, size, _PIECE_BYTES):
         digest.update(os.pread(fd, min(_PIECE_BYTES, size - offset), offset))

@@ -1,7 +1,6 @@
-"""The daemon as a backend: gRPC calls on rpc.sock, descriptors on the session.
+"""The daemon as a backend: calls by either transport, descriptors on the session.
 
-grpc is imported when the first call is made. Every call has a deadline, so that a stopped daemon
-costs its budget and no more.
+Every call has a deadline, so that a stopped daemon costs its budget and no more.
 """
 
 import itertools
@@ -11,32 +10,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
-
-from dgcache.claims import Claim
 from dgcache.session import Session
-from dgcache.sources import Source
-from dgcache_core.errors import (
-    CacheCorruptionError,
-    CacheError,
-    CacheFullError,
-    CacheMissError,
-    CacheRefusedError,
-    CacheUnavailableError,
-    InvalidReferenceError,
-    MissReason,
-)
+from dgcache.statuses import miss_reason
+from dgcache.transports import transport_on
+from dgcache_core.errors import CacheError, CacheUnavailableError, MissReason
 from dgcache_core.handouts import Handout
 from dgcache_core.references import Deltaspace, Sha256
-from dgcache_core.runtime_directory import RPC_SOCKET
 from dgcache_core.sealed_files import require_sealed
-from dgcache_core.store import EntryInfo, Freed
-from dgcache_proto.v1 import dgcache_pb2 as pb
-from dgcache_proto.v1 import dgcache_pb2_grpc
+from dgcache_proto import messages as pb
 
-M = TypeVar("M")
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from dgcache.claims import Claim
+    from dgcache.sources import Source
+    from dgcache_core.store import EntryInfo, Freed
+
+M = TypeVar("M", bound="Message")
 
 _LOOKUP_SECONDS = 10.0
 _COMMIT_SECONDS = 10.0
@@ -46,38 +38,23 @@ _DESCRIPTOR_SECONDS = 1.0
 _LONGEST_WAITS = 2
 """How many leases long the daemon makes anybody wait beyond its budget, at the most."""
 
-_ERRORS: dict[grpc.StatusCode, type[CacheError]] = {
-    grpc.StatusCode.DATA_LOSS: CacheCorruptionError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: CacheFullError,
-    grpc.StatusCode.PERMISSION_DENIED: CacheRefusedError,
-    grpc.StatusCode.UNAUTHENTICATED: CacheRefusedError,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidReferenceError,
-}
-
-_CHANNEL_OPTIONS = [
-    # the target names a descriptor by number, which another cache of this process may get later
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.default_authority", "localhost"),
-    ("grpc.initial_reconnect_backoff_ms", 20),
-    # also the time one attempt may take (grpc raises it to 100 ms, which a busy host exceeds); the
-    # deadline of the call is what bounds the wait
-    ("grpc.min_reconnect_backoff_ms", 10_000),
-    ("grpc.max_reconnect_backoff_ms", 100),
-    # a wait for somebody else's fetch may be long; a daemon that is stopped meanwhile shows in 8 s
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.http2.ping_timeout_ms", 3000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-
 
 class DaemonBackend:
     """Implements `Backend` over one session."""
 
     name = "dg-cached"
 
-    def __init__(self, session: Session) -> None:
-        """Take over the session."""
+    def __init__(self, session: Session, transport: str = "grpc") -> None:
+        """Take over the session.
+
+        Args:
+            session: a new one.
+            transport: `grpc`, `direct`, or `auto`.
+
+        Raises:
+            CacheUnavailableError: the daemon does not speak it; the session stays the caller's.
+        """
+        self._transport = transport_on(session, transport)
         self._session = session
         self._request_ids = itertools.count(1)
         # more at once would only wait in the daemon, or be refused; every call has a deadline
@@ -85,11 +62,6 @@ class DaemonBackend:
         self._calls = threading.BoundedSemaphore(calls)
         # beside the calls, so that the store which ends a wait is never behind it
         self._waits = threading.BoundedSemaphore(max(1, calls // 2))
-        self._channel = grpc.insecure_channel(
-            f"unix:/proc/self/fd/{session.directory_fd}/{RPC_SOCKET}", options=_CHANNEL_OPTIONS
-        )
-        self._stub = dgcache_pb2_grpc.ReferenceCacheStub(self._channel)
-        self._metadata = (("dg-session", session.hello.session_id.hex()),)
         self.max_entry_bytes = session.hello.limits.max_entry_bytes
 
     def get(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
@@ -98,12 +70,12 @@ class DaemonBackend:
         request = pb.LookupRequest(
             request_id=request_id, deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256)
         )
-        size = self._call(self._stub.Lookup, request, _LOOKUP_SECONDS).size
+        size = self._call("Lookup", request, pb.LookupResponse, _LOOKUP_SECONDS).size
         return self._receive(request_id, size, sha256)
 
     def get_or_lease(
         self, deltaspace: Deltaspace, sha256: Sha256, wait_seconds: float
-    ) -> Handout | Claim:
+    ) -> "Handout | Claim":
         """Return a handout, at once or when another process has stored it, or the claim to fetch.
 
         Args:
@@ -126,17 +98,21 @@ class DaemonBackend:
                 wait_seconds=wait_seconds,
             )
             longest = wait_seconds + _LONGEST_WAITS * self._session.hello.limits.lease_seconds
-            answer = self._guarded(self._stub.Lookup, request, _LOOKUP_SECONDS + longest)
+            answer = self._transport.call(
+                "Lookup", request, pb.LookupResponse, _LOOKUP_SECONDS + longest
+            )
         finally:
             self._waits.release()
         if answer.HasField("lease"):
+            from dgcache.claims import Claim
+
             return Claim(self, answer.lease.id)
         return self._receive(request_id, answer.size, sha256)
 
     def release(self, lease_id: int, *, cannot_be_stored: bool) -> None:
         """Give a lease back."""
         request = pb.ReleaseLeaseRequest(lease_id=lease_id, cannot_be_stored=cannot_be_stored)
-        self._call(self._stub.ReleaseLease, request, _SHORT_SECONDS)
+        self._call("ReleaseLease", request, pb.ReleaseLeaseResponse, _SHORT_SECONDS)
 
     def _receive(self, request_id: int, size: int, sha256: Sha256) -> Handout:
         fd = self._session.take_descriptor(request_id, _DESCRIPTOR_SECONDS)
@@ -147,7 +123,7 @@ class DaemonBackend:
             raise
         return Handout(fd, size, sha256)
 
-    def put(self, deltaspace: Deltaspace, source: Source, expected: Sha256 | None) -> Sha256:
+    def put(self, deltaspace: Deltaspace, source: "Source", expected: Sha256 | None) -> Sha256:
         """See `Backend`."""
         source.rewind()
         deposit = self.begin(deltaspace, source.size, expected)
@@ -168,34 +144,42 @@ class DaemonBackend:
             size=size,
             expected_sha256=bytes.fromhex(expected or ""),
         )
-        self._call(self._stub.BeginStore, request, _SHORT_SECONDS)
+        self._call("BeginStore", request, pb.BeginStoreResponse, _SHORT_SECONDS)
         write_end = self._session.take_descriptor(request_id, _DESCRIPTOR_SECONDS)
         return RemoteDeposit(self, request_id, write_end)
 
     def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
         """See `Backend`."""
         request = pb.ContainsRequest(deltaspace=_message(deltaspace), sha256=bytes.fromhex(sha256))
-        answer = self._call(self._stub.Contains, request, _SHORT_SECONDS)
-        return None if answer.contained else _miss_reason(answer.miss_reason)
+        answer = self._call("Contains", request, pb.ContainsResponse, _SHORT_SECONDS)
+        return None if answer.contained else miss_reason(answer.miss_reason)
 
-    def evict(self, deltaspace: Deltaspace) -> Freed:
+    def evict(self, deltaspace: Deltaspace) -> "Freed":
         """See `Backend`."""
+        from dgcache_core.store import Freed
+
         request = pb.EvictRequest(deltaspace=_message(deltaspace))
-        answer = self._call(self._stub.Evict, request, _SHORT_SECONDS)
+        answer = self._call("Evict", request, pb.EvictResponse, _SHORT_SECONDS)
         return Freed(answer.freed_entries, answer.freed_bytes)
 
-    def clear(self, *, rekey: bool = False) -> Freed:
+    def clear(self, *, rekey: bool = False) -> "Freed":
         """See `Backend`."""
-        answer = self._call(self._stub.Clear, pb.ClearRequest(rekey=rekey), _LOOKUP_SECONDS)
+        from dgcache_core.store import Freed
+
+        answer = self._call(
+            "Clear", pb.ClearRequest(rekey=rekey), pb.ClearResponse, _LOOKUP_SECONDS
+        )
         return Freed(answer.freed_entries, answer.freed_bytes)
 
-    def entries(self) -> list[EntryInfo]:
+    def entries(self) -> "list[EntryInfo]":
         """See `Backend`."""
         entries: list[pb.Entry] = []
         more = True
         while more:
             after = entries[-1].sha256 if entries else b""
-            page = self._call(self._stub.List, pb.ListRequest(after_sha256=after), _SHORT_SECONDS)
+            page = self._call(
+                "List", pb.ListRequest(after_sha256=after), pb.ListResponse, _SHORT_SECONDS
+            )
             entries.extend(page.entries)
             more = page.more and len(page.entries) > 0
         entries.sort(key=lambda entry: entry.idle_seconds)
@@ -205,7 +189,7 @@ class DaemonBackend:
         """See `Backend`. The daemon's whole answer, field names as in the .proto."""
         from google.protobuf.json_format import MessageToDict
 
-        answer = self._call(self._stub.Status, pb.StatusRequest(), _SHORT_SECONDS)
+        answer = self._call("Status", pb.StatusRequest(), pb.StatusResponse, _SHORT_SECONDS)
         # MessageToDict gives 64-bit integers as strings (protobuf's JSON mapping): undo that
         status: dict[str, Any] = MessageToDict(
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -227,44 +211,27 @@ class DaemonBackend:
         """
         from google.protobuf.json_format import MessageToDict
 
-        stream = self._stub.Watch(
-            pb.WatchRequest(follow=follow),
-            timeout=None if follow else _SHORT_SECONDS,
-            metadata=self._metadata,
-        )
-        try:
-            for one in stream:
-                yield _with_numbers(
-                    MessageToDict(
-                        one,
-                        preserving_proto_field_name=True,
-                        always_print_fields_with_no_presence=True,
-                    )
+        seconds = None if follow else _SHORT_SECONDS
+        for one in self._transport.stream("Watch", pb.WatchRequest(follow=follow), seconds):
+            yield _with_numbers(
+                MessageToDict(
+                    one,
+                    preserving_proto_field_name=True,
+                    always_print_fields_with_no_presence=True,
                 )
-        except grpc.RpcError as error:
-            _raise_for(error)
-        finally:
-            stream.cancel()
+            )
 
     def sweep(self) -> None:
         """See `Backend`; the daemon sees by itself who holds what."""
 
     def close(self) -> None:
         """See `Backend`."""
-        self._channel.close()
+        self._transport.close()
         self._session.close()
 
-    def _call(self, method: Callable[..., M], request: Any, seconds: float) -> M:
+    def _call(self, method: str, request: "Message", kind: type[M], seconds: float) -> M:
         with self._calls:
-            return self._guarded(method, request, seconds)
-
-    def _guarded(self, method: Callable[..., M], request: Any, seconds: float) -> M:
-        try:
-            return method(request, timeout=seconds, metadata=self._metadata)
-        except grpc.RpcError as error:
-            _raise_for(error)
-        except ValueError as error:  # another thread found the daemon lost and closed the channel
-            raise CacheUnavailableError(f"the session is over: {error}") from error
+            return self._transport.call(method, request, kind, seconds)
 
 
 class RemoteDeposit:
@@ -278,7 +245,7 @@ class RemoteDeposit:
         self._poll.register(write_end, select.POLLOUT)
         os.set_blocking(write_end, False)
 
-    def pour(self, source: Source) -> None:
+    def pour(self, source: "Source") -> None:
         """Send the whole source. Where the daemon stops reading, the commit tells why.
 
         Raises:
@@ -303,7 +270,9 @@ class RemoteDeposit:
         """
         self._close()
         request = pb.CommitStoreRequest(request_id=self._request_id)
-        answer = self._backend._call(self._backend._stub.CommitStore, request, _COMMIT_SECONDS)
+        answer = self._backend._call(
+            "CommitStore", request, pb.CommitStoreResponse, _COMMIT_SECONDS
+        )
         return Sha256(answer.sha256.hex())
 
     def abort(self) -> None:
@@ -311,7 +280,7 @@ class RemoteDeposit:
         self._close()
         request = pb.AbortStoreRequest(request_id=self._request_id)
         with suppress(CacheError):
-            self._backend._call(self._backend._stub.AbortStore, request, _SHORT_SECONDS)
+            self._backend._call("AbortStore", request, pb.AbortStoreResponse, _SHORT_SECONDS)
 
     def _step(self, move: Callable[[], int]) -> int:
         """Move some bytes once the pipe has room; 0 at the end or where the reader is gone."""
@@ -330,29 +299,13 @@ class RemoteDeposit:
             self._write_end = -1
 
 
-def _raise_for(error: grpc.RpcError) -> NoReturn:
-    """The one place where a gRPC status becomes an error of the cache."""
-    code, message = error.code(), error.details() or ""
-    if code is grpc.StatusCode.NOT_FOUND:
-        trailing: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
-        raise CacheMissError(message, _miss_reason(str(trailing.get("dg-miss-reason")))) from error
-    if code in _ERRORS:
-        raise _ERRORS[code](message) from error
-    raise CacheUnavailableError(f"the daemon failed: {code.name.lower()}: {message}") from error
-
-
-def _miss_reason(text: str) -> MissReason:
-    try:
-        return MissReason(text)
-    except ValueError:  # a newer daemon may know more reasons
-        return MissReason.UNKNOWN
-
-
-def _message(deltaspace: Deltaspace) -> pb.Deltaspace:
+def _message(deltaspace: Deltaspace) -> "pb.Deltaspace":
     return pb.Deltaspace(bucket=deltaspace.bucket, prefix=deltaspace.prefix)
 
 
-def _entry_info(entry: pb.Entry) -> EntryInfo:
+def _entry_info(entry: "pb.Entry") -> "EntryInfo":
+    from dgcache_core.store import EntryInfo
+
     return EntryInfo(
         sha256=Sha256(entry.sha256.hex()),
         size=entry.size,

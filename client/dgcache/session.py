@@ -1,11 +1,12 @@
-"""The client's end of session.sock: decides whether there is a daemon, and receives descriptors.
+"""The client's end of session.sock: decides whether there is a daemon, makes calls, and receives
+descriptors and answers.
 
 The decision imports neither grpc nor protobuf: protobuf comes with the first byte of a Hello.
 """
 
+import itertools
 import os
 import select
-import shlex
 import socket
 import stat
 import struct
@@ -13,8 +14,9 @@ import threading
 import time
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dgcache_core.errors import CacheRefusedError, CacheUnavailableError, DaemonAbsentError
 from dgcache_core.peers import peer_credentials, require_same_user
@@ -26,30 +28,41 @@ from dgcache_core.runtime_directory import (
 )
 
 if TYPE_CHECKING:
-    from dgcache_proto.v1 import dgcache_pb2
+    from dgcache_proto import messages as pb
 
-PROTOCOL = 1
+T = TypeVar("T")
+
+PROTOCOL = 2
 OLDEST_PROTOCOL = 1
+DIRECT_PROTOCOL = 2
+"""From this one on the daemon takes calls on the session."""
 
-_LONGEST_PACKET = 4096
+_LONGEST_PACKET = 16 << 10
+_SILENCE_SECONDS = 8.0
+"""A daemon that has a call of ours in progress says more often that it lives."""
 _TIMEVAL = struct.Struct("@ll")
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
 _MOST_UNCLAIMED = 64
 
 
 class Session:
-    """An open session. Thread-safe; whoever waits for a descriptor reads those of others, too."""
+    """An open session. Thread-safe; whoever waits for something reads what is for others, too."""
 
     def __init__(
         self,
         connection: socket.socket,
         directory: Path,
         directory_fd: int,
-        hello: "dgcache_pb2.Hello",
+        hello: "pb.Hello",
     ) -> None:
         self._connection = connection
-        self._reading = threading.Lock()
+        self._turn = threading.Condition()
+        self._is_read = False
+        self._heard_at = 0.0
         self._unclaimed: dict[int, int] = {}
+        self._call_ids = itertools.count(1)
+        self._awaited: set[int] = set()
+        self._answers: dict[int, pb.Answer] = {}
         self.directory = directory
         self.directory_fd = directory_fd
         self.hello = hello
@@ -90,14 +103,36 @@ class Session:
         Raises:
             CacheUnavailableError: the session is over, or nothing came within the budget.
         """
-        deadline = time.monotonic() + budget_seconds
-        with self._reading:
-            try:
-                while request_id not in self._unclaimed:
-                    self._receive_one(deadline)
-            except (OSError, ValueError) as error:  # ValueError: another thread closed it
-                raise CacheUnavailableError(f"the session broke: {error}") from error
-            return self._unclaimed.pop(request_id)
+        return self._arrival(self._unclaimed, request_id, time.monotonic() + budget_seconds)
+
+    def call(self, method: str, request: bytes, seconds: float) -> "pb.Answer":
+        """Make a call on the session itself and return its answer, whatever its code.
+
+        Args:
+            method: of `ReferenceCache`.
+            request: its message.
+            seconds: the deadline, the daemon's too.
+
+        Raises:
+            CacheUnavailableError: the session is over, or the daemon stopped or too slow.
+        """
+        from dgcache_proto import messages as pb
+
+        deadline = time.monotonic() + seconds
+        call_id = next(self._call_ids)
+        call = pb.Call(id=call_id, method=method, request=request, timeout_seconds=seconds)
+        self._awaited.add(call_id)
+        try:
+            self._send(call.SerializeToString(), deadline)
+            return self._arrival(self._answers, call_id, deadline)
+        finally:
+            self._awaited.discard(call_id)
+            self._answers.pop(call_id, None)
+
+    def interrupt(self) -> None:
+        """End the session for every thread that waits on it, and every process that shares it."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the session; the daemon drops what it still owes us."""
@@ -109,24 +144,78 @@ class Session:
             os.close(self.directory_fd)
             self.directory_fd = -1
 
+    def _arrival(self, arrived: dict[int, T], key: int, deadline: float) -> T:
+        """Take what comes under a key: one thread reads, for all, and the others wait for it."""
+        started = time.monotonic()
+        try:
+            with self._turn:
+                while key not in arrived:
+                    if self._is_read:
+                        if not self._turn.wait(max(0.0, deadline - time.monotonic())):
+                            raise CacheUnavailableError("the daemon does not answer in time")
+                    else:
+                        silent = max(started, self._heard_at) + _SILENCE_SECONDS
+                        self._read_for_all(min(deadline, silent))
+                return arrived.pop(key)
+        except (OSError, ValueError) as error:  # ValueError: another thread closed it
+            raise CacheUnavailableError(f"the session broke: {error}") from error
+
+    def _read_for_all(self, deadline: float) -> None:
+        """Receive one packet with `_turn` let go of."""
+        self._is_read = True
+        self._turn.release()
+        try:
+            self._receive_one(deadline)
+        finally:
+            self._turn.acquire()
+            self._is_read = False
+            self._heard_at = time.monotonic()
+            self._turn.notify_all()
+
+    def _send(self, packet: bytes, deadline: float) -> None:
+        while True:
+            try:
+                self._connection.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                _wait_ready(self._connection, select.POLLOUT, deadline)
+            except OSError as error:
+                raise CacheUnavailableError(f"the session broke: {error.strerror}") from error
+            else:
+                return
+
     def _receive_one(self, deadline: float) -> None:
-        _wait_readable(self._connection, deadline)
+        _wait_ready(self._connection, select.POLLIN, deadline)
         packet, ancillary, flags, _ = self._connection.recvmsg(
             _LONGEST_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
         )
         descriptors = _descriptors(ancillary)
-        complete = len(descriptors) == 1 and not flags & socket.MSG_CTRUNC
         try:
-            if (packet and not complete) or len(self._unclaimed) >= _MOST_UNCLAIMED:
-                raise CacheUnavailableError("a descriptor was lost on the way")
-            request_id = _announced(packet)
-            if request_id in self._unclaimed:
-                raise CacheUnavailableError("the daemon sent two descriptors for one call")
+            self._sort(packet, descriptors, flags)
         except CacheUnavailableError:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
-        self._unclaimed[request_id] = descriptors[0]
+
+    def _sort(self, packet: bytes, descriptors: list[int], flags: int) -> None:
+        """Put what came where it is waited for."""
+        if not packet:
+            raise CacheUnavailableError("the daemon closed the session")
+        message = _parsed(packet)
+        kind = message.WhichOneof("kind")
+        expected = 1 if kind == "descriptor" else 0
+        whole = not flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC)
+        if len(descriptors) != expected or not whole or len(self._unclaimed) >= _MOST_UNCLAIMED:
+            raise CacheUnavailableError("a descriptor was lost on the way")
+        if kind == "descriptor":
+            request_id = message.descriptor.request_id
+            if request_id in self._unclaimed:
+                raise CacheUnavailableError("the daemon sent two descriptors for one call")
+            self._unclaimed[request_id] = descriptors[0]
+        elif kind == "answer":
+            if message.answer.call_id in self._awaited:
+                self._answers[message.answer.call_id] = message.answer
+        elif kind != "alive":
+            raise CacheUnavailableError("the daemon sent what nobody expects")
 
 
 def _connect_within(connection: socket.socket, path: str, deadline: float) -> None:
@@ -159,31 +248,34 @@ def _require_own_socket(path: Path, directory_fd: int) -> None:
         status = os.stat(path.name, dir_fd=directory_fd, follow_symlinks=False)
     except FileNotFoundError:
         return  # the first call fails
+    if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+        return
+    import shlex
+
     if not stat.S_ISSOCK(status.st_mode):
         raise CacheRefusedError(f"{path} is no socket: remove it with rm {shlex.quote(str(path))}")
-    if status.st_uid != os.geteuid():
-        raise CacheRefusedError(
-            f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: "
-            f"remove it with rm {shlex.quote(str(path))}, then dg-cache restart"
-        )
+    raise CacheRefusedError(
+        f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: "
+        f"remove it with rm {shlex.quote(str(path))}, then dg-cache restart"
+    )
 
 
 def _receive_within(connection: socket.socket, deadline: float) -> bytes:
-    _wait_readable(connection, deadline)
+    _wait_ready(connection, select.POLLIN, deadline)
     packet = connection.recv(_LONGEST_PACKET)
     if not packet:
         raise CacheUnavailableError("the daemon closed the session at once: see dg-cache logs")
     return packet
 
 
-def _wait_readable(connection: socket.socket, deadline: float) -> None:
+def _wait_ready(connection: socket.socket, for_what: int, deadline: float) -> None:
     poll = select.poll()
-    poll.register(connection, select.POLLIN)
+    poll.register(connection, for_what)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
         raise CacheUnavailableError("the daemon does not answer: run dg-cache restart --force")
 
 
-def _understood(packet: bytes) -> "dgcache_pb2.Hello":
+def _understood(packet: bytes) -> "pb.Hello":
     hello = _parsed(packet).hello
     if hello.protocol < OLDEST_PROTOCOL or hello.oldest_protocol > PROTOCOL:
         older = "daemon" if hello.protocol < OLDEST_PROTOCOL else "client"
@@ -194,23 +286,13 @@ def _understood(packet: bytes) -> "dgcache_pb2.Hello":
     return hello
 
 
-def _announced(packet: bytes) -> int:
-    """Return the call that a packet brings a descriptor for."""
-    if not packet:
-        raise CacheUnavailableError("the daemon closed the session")
-    message = _parsed(packet)
-    if not message.HasField("descriptor"):
-        raise CacheUnavailableError("the daemon sent a descriptor without a word on it")
-    return message.descriptor.request_id
-
-
-def _parsed(packet: bytes) -> "dgcache_pb2.SessionMessage":
+def _parsed(packet: bytes) -> "pb.SessionMessage":
     from google.protobuf.message import DecodeError
 
-    from dgcache_proto.v1 import dgcache_pb2
+    from dgcache_proto import messages as pb
 
     try:
-        return dgcache_pb2.SessionMessage.FromString(packet)
+        return pb.SessionMessage.FromString(packet)
     except DecodeError as error:
         raise CacheUnavailableError("what listens there does not speak our protocol") from error
 

@@ -37,6 +37,10 @@ class Settings(ClientSettings):
                 logging.getLogger("dgcache").info("%s", finding)
         return resolved.settings
 
+    def for_one_shot(self) -> "Settings":
+        """Return the same for a process that makes few calls: its transport, unless one is set."""
+        return dataclasses.replace(self, transport=self.transport or "auto")
+
     @classmethod
     def resolved(cls, **overrides: Any) -> "Resolved[Settings]":
         """Return the same with the origin of each value, and say nothing."""

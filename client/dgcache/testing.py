@@ -7,6 +7,7 @@ def test_my_tool():
         ...
 """
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -56,7 +57,10 @@ def running_daemon(size_mb: float = 64, python: str = sys.executable) -> Iterato
 
 
 @contextmanager
-def daemon_cache(size_mb: float = 64) -> Iterator[ReferenceCache]:
-    """Lend a cache on a real daemon of its own."""
-    with running_daemon(size_mb) as settings, ReferenceCache(settings) as cache:
+def daemon_cache(size_mb: float = 64, transport: str | None = None) -> Iterator[ReferenceCache]:
+    """Lend a cache on a real daemon of its own, reached by `transport`."""
+    with (
+        running_daemon(size_mb) as settings,
+        ReferenceCache(dataclasses.replace(settings, transport=transport)) as cache,
+    ):
         yield cache

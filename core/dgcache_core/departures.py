@@ -4,7 +4,6 @@ The kernel tells it to a watch on the file (inotify(7), IN_DELETE_SELF), which k
 number for itself but none of its pages. Where no watch can be had, nothing is told.
 """
 
-import ctypes
 import os
 import struct
 
@@ -17,6 +16,8 @@ class Departures:
     """Watches files that have no name. Not thread-safe."""
 
     def __init__(self) -> None:
+        import ctypes  # clients know handouts, too, and watch none
+
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
 

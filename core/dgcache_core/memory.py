@@ -8,7 +8,6 @@ import errno
 import mmap
 import os
 import re
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -81,7 +80,7 @@ def is_momentary_name(name: str) -> bool:
 
 def _named_for_a_moment(directory_fd: int) -> int:
     """For file systems without O_TMPFILE: a file that loses its name before it has any content."""
-    name = secrets.token_hex(16)
+    name = os.urandom(16).hex()
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, 0o600, dir_fd=directory_fd)

@@ -6,7 +6,6 @@ In order: what was asked for; `$XDG_RUNTIME_DIR/dg-cached` (XDG Base Directory S
 homes are shared over NFS.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +52,8 @@ def machine_key() -> str:
         name = Path("/etc/machine-id").read_text().strip()
     except OSError:
         name = os.uname().nodename
+    import hashlib
+
     return hashlib.sha256(f"dg-cached {name}".encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from dgcache_core.errors import SettingsError
 from dgcache_core.secret import SecretKey, parse_key
 
 BACKENDS = ("dg-cached", "memory", "filesystem")
+TRANSPORTS = ("grpc", "direct", "auto")
 MEBIBYTE = 1 << 20
 """What DeltaGlider's own DG_CACHE_MEMORY_SIZE_MB counts in."""
 DEFAULT_CACHE_DIR = "~/.cache/deltaglider"
@@ -199,6 +200,11 @@ def parse_backend(text: str) -> str:
     return text.strip().lower()
 
 
+def parse_transport(text: str) -> str:
+    """Read the name of a transport; the check of its value is the field's."""
+    return text.strip().lower()
+
+
 def base_directory(cache_dir: Path | None) -> Path:
     """Return where files are kept: what was set, or the default below the home.
 
@@ -274,6 +280,13 @@ class ClientSettings(_Checked):
     connect_timeout_ms: float = setting(
         50, "DG_CACHE_CONNECT_TIMEOUT_MS", parse_number, "budget to decide for the fallback, in ms"
     )
+    transport: str | None = setting(
+        None,
+        "DG_CACHE_TRANSPORT",
+        parse_transport,
+        "way of calls to the daemon: grpc, direct, or auto (default: auto for dg-cache and "
+        "DeltaGlider, grpc for the SDK)",
+    )
     encryption: bool = setting(
         True, "DG_CACHE_ENCRYPTION", parse_boolean, "false changes nothing but a warning"
     )
@@ -288,6 +301,11 @@ class ClientSettings(_Checked):
 
     def __post_init__(self) -> None:
         self._require("backend", self.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}")
+        self._require(
+            "transport",
+            self.transport is None or self.transport in TRANSPORTS,
+            f"must be one of {', '.join(TRANSPORTS)}",
+        )
         for name in ("ephemeral", "no_cache", "encryption", "report"):
             self._require_boolean(name)
         self._require_between("fallback_size_mb", 0, _MAX_MB)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from dgcache_core.errors import CacheRefusedError, SettingsError
 from dgcache_core.settings import (
     BACKENDS,
+    TRANSPORTS,
     ClientSettings,
     DaemonSettings,
     FileLayer,
@@ -25,6 +26,7 @@ from dgcache_core.settings import (
     parse_boolean,
     parse_number,
     parse_path,
+    parse_transport,
     resolve,
 )
 
@@ -49,6 +51,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     parse_boolean: ((bool,), "true or false, without quotes"),
     parse_path: ((str,), "an absolute path in quotes"),
     parse_backend: ((str,), " or ".join(f'"{name}"' for name in BACKENDS)),
+    parse_transport: ((str,), " or ".join(f'"{name}"' for name in TRANSPORTS)),
 }
 
 

@@ -1,14 +1,15 @@
 """Admits calls: only through rpc.sock, and with a session only the session's own process.
 
 It wraps every handler, those of health and reflection too, so that no service can forget it. It is
-also where an error of the cache becomes a status of gRPC.
+also where an error of the cache becomes a status of gRPC. Calls on a session's own socket come in
+by `direct_calls`.
 """
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,6 +21,8 @@ from dgcached.sessions import Session
 from dgcached.statuses import UnauthenticatedError, abort_with
 
 SESSION_KEY = "dg-session"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,16 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 def current_caller() -> Caller:
     """Return who makes the call that this task serves."""
     return _caller.get()
+
+
+async def served_on(session: Session, behaviour: Callable[[], Awaitable[T]]) -> T:
+    """Serve a call that came on the session itself, in a task of its own.
+
+    The session's peer was checked at its accept, and that the packet is from it, at its arrival.
+    """
+    _caller.set(Caller(session.peer, session))
+    async with session.calls:
+        return await behaviour()
 
 
 class AdmissionInterceptor(aio.ServerInterceptor):

@@ -18,7 +18,15 @@ class Limits:
     relay_buffer_bytes: int = 256 << 10
     """Buffered in each direction of a relay before its source is paused."""
     calls_per_session: int = 16
-    """Calls in progress in one session; more wait."""
+    """Calls in progress in one session; more wait. Of those that come on the session's own socket,
+    twice as many may be waiting or in progress; one more ends the session."""
+    answer_bytes: int = 8 << 10
+    """The longest response on a session's own socket; with the descriptors that nobody has read it
+    must fit into `unread_descriptor_bytes`, which the kernel doubles."""
+    alive_seconds: float = 2.0
+    """How often a session hears that the daemon lives, while a call of it is in progress."""
+    longest_call_seconds: float = 86_400.0
+    """The longest deadline of a call on a session's own socket."""
     streams_per_connection: int = 32
     """HTTP/2 streams on one connection. Twice the calls: a client counts a stream as ended a moment
     before the server does, and a stream over the limit would be refused."""

@@ -29,6 +29,7 @@ from dgcache_proto.v1 import dgcache_pb2 as pb
 from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached import BUILD
 from dgcached.admission import AdmissionInterceptor
+from dgcached.direct_calls import DirectCalls
 from dgcached.disk_tier import open_disk_tier
 from dgcached.flights import Flights
 from dgcached.hardening import effective
@@ -46,13 +47,13 @@ from dgcached.repeated import Repeated
 from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
-from dgcached.sessions import SessionListener
+from dgcached.sessions import Session, SessionListener
 from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
 from dgcached.supervisor import Notifier, take_watchdog_interval
 from dgcached.sweeper import Sweeper
 from dgcached.watchdog import Watchdog
 
-PROTOCOL = 1
+PROTOCOL = 2
 OLDEST_PROTOCOL = 1
 EX_TAKEN_AWAY = 72
 """Exit status, "critical OS file missing" (sysexits.h); systemd starts the daemon again."""
@@ -129,6 +130,7 @@ class Daemon:
             flights=self._flights,
             describe=self._describe,
         )
+        self._direct = DirectCalls(self._service, limits)
         self._pressure = PressureWatcher(self._store, limits)
         self._watchdog = Watchdog(notifier, take_watchdog_interval(), self._store.status)
         self._warned_of_keys = False
@@ -169,9 +171,10 @@ class Daemon:
             self._registry,
             self._limits,
             self._hello(),
-            self._flights.end_session,
+            self._end_session,
             refused,
             repeated,
+            self._direct.take,
         )
         await listener.start()
         sessions.start()
@@ -202,10 +205,12 @@ class Daemon:
         self._security.close()
         await health.enter_graceful_shutdown()
         draining = asyncio.create_task(server.stop(self._limits.drain_seconds))
+        answering = asyncio.create_task(self._direct.drain())
         # gRPC waits without an end for a connection whose client takes nothing (one that is
         # stopped, say): closing the relays ends that
-        await asyncio.wait({draining}, timeout=self._limits.drain_seconds)
+        await asyncio.wait({draining, answering}, timeout=self._limits.drain_seconds)
         sessions.close()
+        await answering
         await listener.close()
         repeated.close()
         await draining
@@ -240,6 +245,10 @@ class Daemon:
         event(logging.ERROR, "giving-up", reason=reason)
         self._status = EX_TAKEN_AWAY
         self._stop.set()
+
+    def _end_session(self, session: Session) -> None:
+        self._direct.end_session(session)
+        self._flights.end_session(session)
 
     def _on_change(self) -> None:
         self._sweeper.wake()

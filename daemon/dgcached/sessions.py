@@ -1,8 +1,10 @@
 """session.sock: each connection is a session, alive exactly as long as its socket.
 
-The daemon speaks first (Hello) and later sends descriptors; the client sends nothing in version 1
-of the protocol, so a packet from it ends the session, and descriptors it sends are dropped by the
-kernel. A session owns its deposits and its leases: its end aborts those and passes these on.
+The daemon speaks first (Hello) and later sends descriptors, and answers to the calls that come here
+(`direct_calls`). A packet of the client is one of at most 4096 bytes from the very process that
+connected (SCM_CREDENTIALS, unix(7)), with no descriptor: the kernel drops those, and any other
+packet ends the session. A session owns its deposits and its leases: its end aborts those and passes
+these on.
 """
 
 import asyncio
@@ -18,7 +20,12 @@ from array import array
 from collections.abc import Callable
 from contextlib import suppress
 
-from dgcache_core.errors import CacheFullError, CacheRefusedError, CacheUnavailableError
+from dgcache_core.errors import (
+    CacheError,
+    CacheFullError,
+    CacheRefusedError,
+    CacheUnavailableError,
+)
 from dgcache_core.peers import require_same_user
 from dgcache_proto.v1 import dgcache_pb2
 from dgcached.accepting import Accepting
@@ -30,6 +37,9 @@ from dgcached.registry import Peer, Registry, identify
 from dgcached.repeated import Repeated
 
 _LONGEST_PACKET = 4096
+_UCRED = struct.Struct("=iII")
+_ONLY_CREDENTIALS = socket.CMSG_LEN(_UCRED.size)
+"""Room for who sends, and for no descriptor: the kernel drops it and sets MSG_CTRUNC."""
 _UNREAD_BYTES = 768
 """What the kernel charges a socket for a descriptor that was not read yet, or a little less."""
 _ALWAYS_ADMITTED = 2
@@ -50,6 +60,7 @@ class Session:
         self.id = secrets.token_bytes(16)
         self.peer = peer
         self.calls = asyncio.Semaphore(limits.calls_per_session)
+        self.answering = asyncio.Lock()
         self.deposits: dict[int, Deposit] = {}
         self.connection = connection
         self.is_over = False
@@ -91,6 +102,40 @@ class Session:
         announced = dgcache_pb2.Descriptor(request_id=request_id, purpose=purpose)
         self.send(dgcache_pb2.SessionMessage(descriptor=announced), descriptor)
 
+    async def answer(self, answer: dgcache_pb2.Answer) -> None:
+        """Send the answer to a call, behind those before it, once the client has read enough.
+
+        Raises:
+            CacheUnavailableError: the session is over.
+        """
+        packet = dgcache_pb2.SessionMessage(answer=answer).SerializeToString()
+        async with self.answering:
+            try:
+                await asyncio.get_running_loop().sock_sendall(self.connection, packet)
+            except OSError as error:
+                raise CacheUnavailableError(f"the session is over: {error.strerror}") from error
+
+    def require_own(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Refuse a packet that is not whole, brings descriptors, or is of another process.
+
+        A process that inherited the socket, or was given it, is another.
+
+        Raises:
+            CacheRefusedError: it is so.
+        """
+        if flags & socket.MSG_TRUNC:
+            raise CacheRefusedError(f"a packet of more than {_LONGEST_PACKET} bytes")
+        if flags & socket.MSG_CTRUNC:
+            raise CacheRefusedError("a packet with descriptors")
+        own = self.peer.credentials
+        senders = [
+            _UCRED.unpack(data)[:2]
+            for level, kind, data in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+        ]
+        if senders != [(own.pid, own.uid)]:
+            raise CacheRefusedError("a packet of another process")
+
     def _require_a_reader(self) -> None:
         try:
             crowded = self.unread >= _ALWAYS_ADMITTED and not self._may_have_more()
@@ -115,9 +160,22 @@ class SessionListener:
         on_end: Callable[[Session], None],
         refused: RefusedPeers,
         repeated: Repeated,
+        on_packet: Callable[[Session, bytes], None],
     ) -> None:
-        """Serve `listening`; `on_end` hears of every session that is over."""
+        """Serve `listening`.
+
+        Args:
+            listening: the socket.
+            registry: where sessions are entered.
+            limits: the bounds.
+            hello: what each session hears first, but for its id.
+            on_end: hears of every session that is over.
+            refused: counts strangers.
+            on_packet: hears of every packet of a session's own process; a CacheError of it ends the
+                session.
+        """
         self._on_end = on_end
+        self._on_packet = on_packet
         self._refused = refused
         self._repeated = repeated
         self._registry = registry
@@ -179,6 +237,7 @@ class SessionListener:
         connection.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.unread_descriptor_bytes
         )
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         session = Session(connection, peer, self._limits, self._may_have_more)
         hello = dgcache_pb2.Hello()
         hello.CopyFrom(self._hello)
@@ -196,24 +255,30 @@ class SessionListener:
 
     def _read(self, session: Session) -> None:
         try:
-            packet = session.connection.recv(_LONGEST_PACKET)
+            packet, ancillary, flags, _ = session.connection.recvmsg(
+                _LONGEST_PACKET, _ONLY_CREDENTIALS
+            )
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             packet = b""
-        if packet:
+        if not packet:
+            self._end(session)
+            return
+        try:
+            session.require_own(ancillary, flags)
+            self._on_packet(session, packet)
+        except CacheError as error:
             self._repeated.event(
-                logging.WARNING,
-                "session-ended",
-                reason="unexpected packet",
-                of={"peer": session.peer},
+                logging.WARNING, "session-ended", reason=str(error), of={"peer": session.peer}
             )
-        self._end(session)
+            self._end(session)
 
     def _end(self, session: Session) -> None:
         session.is_over = True
         self._registry.remove_session(session)
         self._loop.remove_reader(session.connection)
+        self._loop.remove_writer(session.connection)
         for deposit in session.deposits.values():
             deposit.cancel()
         session.deposits.clear()

@@ -29,11 +29,14 @@ class UnauthenticatedError(CacheRefusedError):
     """The session is missing, over, or of another process."""
 
 
+def status_of(error: CacheError) -> grpc.StatusCode:
+    """Return the status that stands for `error`."""
+    if isinstance(error, UnauthenticatedError):
+        return grpc.StatusCode.UNAUTHENTICATED
+    return _CODES[type(error)]
+
+
 async def abort_with(context: aio.ServicerContext, error: CacheError) -> None:
     """End the call with the status of `error`; a miss carries its reason."""
-    if isinstance(error, UnauthenticatedError):
-        code = grpc.StatusCode.UNAUTHENTICATED
-    else:
-        code = _CODES[type(error)]
     trailing = ((MISS_REASON_KEY, str(error.reason)),) if isinstance(error, CacheMissError) else ()
-    await context.abort(code, str(error), trailing)
+    await context.abort(status_of(error), str(error), trailing)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_one_of_another_version_is_restarted_as_the_message_says(
     for package in ("daemon/dgcached", "core/dgcache_core", "proto/dgcache_proto"):
         shutil.copytree(ROOT / package, other / Path(package).name)
     server = other / "dgcached" / "server.py"
-    server.write_text(server.read_text().replace("PROTOCOL = 1\n", f"PROTOCOL = {protocol}\n"))
+    server.write_text(re.sub(r"PROTOCOL = \d\n", f"PROTOCOL = {protocol}\n", server.read_text()))
     process = started({**environment, "PYTHONPATH": str(other)}, short_directory / "s")
 
     def dg_cache(*words: str) -> "subprocess.CompletedProcess[str]":

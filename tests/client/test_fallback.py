@@ -1,5 +1,6 @@
 """Whatever happens to the daemon, the user's operation succeeds, and one record says why."""
 
+import dataclasses
 import hashlib
 import io
 import logging
@@ -52,6 +53,12 @@ def only_record(caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
 
 def pid_of(cache: ReferenceCache) -> int:
     return int(cache.status()["pid"])
+
+
+@pytest.fixture(params=["grpc", "direct"])
+def daemon(daemon: Settings, request: pytest.FixtureRequest) -> Settings:
+    """A daemon of the test's own, reached by each transport in turn."""
+    return dataclasses.replace(daemon, transport=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -335,6 +342,7 @@ with dgcache.open() as cache, cache.get_or_fetch("b", "p", digest, lambda: path)
         **os.environ,
         "DG_CACHE_SOCKET_DIR": str(daemon.socket_dir),
         "DG_CACHE_CONNECT_TIMEOUT_MS": "20000",
+        "DG_CACHE_TRANSPORT": str(daemon.transport),
     }
     argv = [sys.executable, "-c", program, str(tmp_path / "reference"), DIGEST]
     children = [

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import dgcache
-import dgcache.remote
+import dgcache.grpc_transport
+import dgcache.session
 from dgcache import Settings
 from dgcache_core.references import Deltaspace, parse_sha256
 from tests.support.crowd import Crowd, crowd, fetches, first_fetcher
@@ -109,14 +110,19 @@ def test_32_processes_with_a_reference_that_cannot_be_stored_do_not_queue(
         assert fetches(journal).most_at_once > 10
 
 
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
 def test_a_wait_ends_when_the_daemon_is_stopped(
-    serving: Daemon, monkeypatch: pytest.MonkeyPatch
+    serving: Daemon, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """SIGSTOP while it waits for somebody's fetch: pings are not answered, and it goes on."""
+    """SIGSTOP while it waits for somebody's fetch: no sign of life comes, and it goes on."""
     quicker = {"grpc.keepalive_time_ms": 1500, "grpc.http2.ping_timeout_ms": 500}
-    quick = [(name, quicker.get(name, value)) for name, value in dgcache.remote._CHANNEL_OPTIONS]
-    monkeypatch.setattr(dgcache.remote, "_CHANNEL_OPTIONS", quick)
-    settings = Settings(socket_dir=serving.directory, connect_timeout_ms=20_000)
+    options = dgcache.grpc_transport._CHANNEL_OPTIONS
+    quick = [(name, quicker.get(name, value)) for name, value in options]
+    monkeypatch.setattr(dgcache.grpc_transport, "_CHANNEL_OPTIONS", quick)
+    monkeypatch.setattr(dgcache.session, "_SILENCE_SECONDS", 3.0)
+    settings = Settings(
+        socket_dir=serving.directory, connect_timeout_ms=20_000, transport=transport
+    )
     deltaspace, sha256 = Deltaspace("b", "p"), parse_sha256(DIGEST)
     with dgcache.open(settings) as holder, dgcache.open(settings) as waiter:
         claim = holder.get_or_claim(deltaspace, sha256)
@@ -139,9 +145,33 @@ def test_a_wait_ends_when_the_daemon_is_stopped(
             os.kill(serving.pid, signal.SIGCONT)
 
 
-def test_threads_of_one_process_share_one_fetch(serving: Daemon) -> None:
+def test_a_long_wait_on_the_session_outlives_every_silence_allowed(
+    serving: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon says that it lives, though the call takes longer than it may be silent."""
+    monkeypatch.setattr(dgcache.session, "_SILENCE_SECONDS", 4.0)
+    settings = Settings(
+        socket_dir=serving.directory,
+        connect_timeout_ms=20_000,
+        wait_seconds=6.0,
+        transport="direct",
+    )
+    deltaspace, sha256 = Deltaspace("b", "p"), parse_sha256(DIGEST)
+    with dgcache.open(settings) as holder, dgcache.open(settings) as waiter:
+        claim = holder.get_or_claim(deltaspace, sha256)
+        assert not isinstance(claim, dgcache.Reference)
+        with waiter.get_or_fetch("b", "p", DIGEST, lambda: DATA) as reference:
+            assert reference.read() == DATA
+        assert waiter.backend == "dg-cached"
+        claim.give_back()
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_threads_of_one_process_share_one_fetch(serving: Daemon, transport: str) -> None:
     """Even more of them than a session may have calls: the store is not stuck behind the waits."""
-    settings = Settings(socket_dir=serving.directory, connect_timeout_ms=20_000)
+    settings = Settings(
+        socket_dir=serving.directory, connect_timeout_ms=20_000, transport=transport
+    )
     fetched: list[int] = []
     everybody = threading.Barrier(40)
     release = threading.Event()

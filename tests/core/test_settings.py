@@ -37,7 +37,10 @@ PATHS = [
     (DaemonSettings, "cache_dir", "DG_CACHE_DIR"),
     (DaemonSettings, "encryption_key_file", "DG_CACHE_ENCRYPTION_KEY_FILE"),
 ]
-CHOICES = [(ClientSettings, "backend", "DG_CACHE_BACKEND")]
+CHOICES = [
+    (ClientSettings, "backend", "DG_CACHE_BACKEND"),
+    (ClientSettings, "transport", "DG_CACHE_TRANSPORT"),
+]
 KEYS = [(DaemonSettings, "encryption_key", "DG_CACHE_ENCRYPTION_KEY")]  # see test_secret.py
 ALL = [*NUMBERS, *BOOLEANS, *PATHS, *CHOICES, *KEYS]
 

@@ -28,6 +28,7 @@ VALUES = {
     "memory_size_mb": (51, 52, "53", 54),
     "disk_size_mb": (61, 62, "63", 64),
     "backend": ("memory", "filesystem", "dg-cached", "memory"),
+    "transport": ("grpc", "direct", "auto", "grpc"),
     "ephemeral": (True, False, "true", False),
     "no_cache": (True, False, "true", False),
     "report": (True, False, "true", False),

@@ -95,7 +95,7 @@ def test_a_session_ends_with_its_socket(client: Client) -> None:
 def test_the_hello_says_who_speaks_and_what_is_allowed(client: Client, daemon: Daemon) -> None:
     """It is the first packet, comes unasked, and every session has an id of its own."""
     hello = client.hello
-    assert (hello.protocol, hello.oldest_protocol, len(hello.session_id)) == (1, 1, 16)
+    assert (hello.protocol, hello.oldest_protocol, len(hello.session_id)) == (2, 1, 16)
     assert hello.limits.max_entry_bytes == client.status().store.max_entry_bytes
     assert hello.limits.max_message_bytes == 4 << 20
     with connected(str(daemon.directory / "session.sock"), socket.SOCK_SEQPACKET) as second:

@@ -67,7 +67,7 @@ def run(data: bytes) -> None:
                 break
             method = choices.of(METHODS)
             whose = choices.of((metadata, metadata, metadata, (), (("dg-session", "0" * 32),)))
-            requests = [_request(method, choices) for _ in range(_messages(method, choices))]
+            requests = [request_of(method, choices) for _ in range(_messages(method, choices))]
             code, details = _call(at, method, requests, whose)
             _require_documented(method.name, code, details)
             makes_room |= method.name in MAKES_ROOM
@@ -80,7 +80,7 @@ def _messages(method: Any, choices: Choices) -> int:
     return choices.below(5) if method.client_streaming else 1
 
 
-def _request(method: Any, choices: Choices) -> bytes:
+def request_of(method: Any, choices: Choices) -> bytes:
     """Return a message in its own bytes, or what is none."""
     how = choices.below(4)
     if how == 0:

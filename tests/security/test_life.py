@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -262,7 +263,8 @@ import logging, sys
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 import dgcache
-settings = dgcache.Settings(socket_dir=Path(sys.argv[1]), connect_timeout_ms=20_000)
+settings = dgcache.Settings.from_environment(
+    socket_dir=Path(sys.argv[1]), connect_timeout_ms=20_000)
 with dgcache.open(settings) as cache:
     digest = cache.put("b", "p", b"data")
     with cache.get("b", "p", digest) as reference:
@@ -277,9 +279,9 @@ def built(place: Path, protocol: int, oldest: int) -> dict[str, str]:
         shutil.copytree(original, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("dgcached/server.py", "dgcache/session.py"):
         text = (place / file).read_text()
-        changed = text.replace("\nPROTOCOL = 1\n", f"\nPROTOCOL = {protocol}\n")
-        changed = changed.replace("OLDEST_PROTOCOL = 1\n", f"OLDEST_PROTOCOL = {oldest}\n")
-        assert changed.count(f"PROTOCOL = {protocol}\n") >= 1
+        changed = re.sub(r"(?m)^PROTOCOL = \d$", f"PROTOCOL = {protocol}", text)
+        changed = re.sub(r"(?m)^OLDEST_PROTOCOL = \d$", f"OLDEST_PROTOCOL = {oldest}", changed)
+        assert changed.count(f"\nPROTOCOL = {protocol}\n") == 1
         assert changed != text
         (place / file).write_text(changed)
     return {"PYTHONPATH": str(place)}
@@ -302,23 +304,25 @@ def used(directory: Path, environ: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize(
     ("newer", "oldest", "says"),
     [
-        ("daemon", 2, "speaks protocol 2, this client 1: update the client, then dg-cache restart"),
-        ("client", 2, "speaks protocol 1, this client 2: update the daemon, then dg-cache restart"),
-        ("daemon", 1, ""),
-        ("client", 1, ""),
+        ("daemon", 3, "speaks protocol 3, this client 2: update the client, then dg-cache restart"),
+        ("client", 3, "speaks protocol 2, this client 3: update the daemon, then dg-cache restart"),
+        ("daemon", 2, ""),
+        ("client", 2, ""),
     ],
 )
+@pytest.mark.parametrize("transport", ["grpc", "auto"])
 def test_64_another_version_is_refused_with_a_clear_message(
-    short_directory: Path, tmp_path: Path, newer: str, oldest: int, says: str
+    short_directory: Path, tmp_path: Path, newer: str, oldest: int, says: str, transport: str
 ) -> None:
-    """One side is built with protocol 2: where it no longer speaks 1, one warning says who must be
+    """One side is built with protocol 3: where it no longer speaks 2, one warning says who must be
     updated and the operation succeeds in process; where it does, they understand each other."""
-    other, this = built(tmp_path, 2, oldest), {"PYTHONPATH": ""}
+    other, this = built(tmp_path, 3, oldest), {"PYTHONPATH": ""}
+    other["DG_CACHE_TRANSPORT"] = this["DG_CACHE_TRANSPORT"] = transport
     directory = short_directory / "s"
     with running(directory, environ=other if newer == "daemon" else this) as daemon:
         said = used(directory, this if newer == "daemon" else other)
         with Client(directory) as client:
-            assert client.hello.protocol == (2 if newer == "daemon" else 1)
+            assert client.hello.protocol == (3 if newer == "daemon" else 2)
         assert daemon.stop() == 0
     if says:
         warning, result = said

@@ -17,7 +17,7 @@ from tests.support.wire import eventually
 
 _WORKER = """\
 import hashlib, json, os, sys, threading, time
-import dgcache, dgcache.remote, dgcache.cache
+import dgcache, dgcache.grpc_transport, dgcache.remote, dgcache.cache
 def note(journal, what):
     with open(journal, "a") as lines:
         lines.write(f"{what} {os.getpid()} {time.monotonic()}\\n")

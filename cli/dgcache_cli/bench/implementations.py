@@ -248,7 +248,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "that it passes over",
         _sdk("dg-cached"),
         _sdk_port("dg-cached"),
-        ("dgcache.cache", "dgcache.remote", "dgcached.main"),
+        ("dgcache.cache", "dgcache.grpc_transport", "dgcached.main"),
         site=running_daemon,
     ),
 )

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dgcache import Settings, ending, launcher
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits, instance
 from dgcache_cli.output import print_fields, print_json
+from dgcache_cli.patience import patient
 from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError
 from dgcache_core.settings import DaemonSettings, declared
 
 _UNITS = ("dg-cached.socket", "dg-cached.service")
-_PATIENT_MS = 2000
 
 
 def _from_here(text: str) -> Path:
@@ -74,15 +74,6 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def patient(settings: Settings) -> Settings:
-    """Return settings for somebody who asks for the daemon: it may take its time to answer."""
-    import dataclasses
-
-    return dataclasses.replace(
-        settings, connect_timeout_ms=max(_PATIENT_MS, settings.connect_timeout_ms)
-    )
 
 
 def _start(arguments: argparse.Namespace) -> int:

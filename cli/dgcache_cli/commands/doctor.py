@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
 from dgcache_cli.diagnosis import Finding, Level, of_daemon
 from dgcache_cli.output import print_fields, print_json
@@ -45,9 +45,9 @@ def _text(one: Finding) -> str:
 
 
 def _all() -> list[Finding]:
-    from dgcache_cli.commands.daemon import patient
     from dgcache_cli.findings import findings
     from dgcache_cli.kernel_features import of_kernel, swap_limit
+    from dgcache_cli.patience import patient
     from dgcache_cli.supervision import Supervision
     from dgcache_cli.surroundings import of_surroundings
     from dgcache_cli.units import user_directory

@@ -8,9 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
-from dgcache_cli.commands.daemon import patient
+from dgcache_cli.patience import patient
 
 _EPILOG = """\
 The daemon keeps the last 256 security events; `dropped` tells how many came before one and are not

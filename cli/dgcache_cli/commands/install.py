@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dgcache import Settings, ending
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits, template, units
-from dgcache_cli.commands.daemon import patient
 from dgcache_cli.lingering import enabling, lingers
 from dgcache_cli.manager import Manager
+from dgcache_cli.patience import patient
 from dgcache_cli.placing import put
 from dgcache_cli.steps import Steps
 from dgcache_core.errors import CacheError, CacheRefusedError, CacheUnavailableError

@@ -2,25 +2,24 @@
 
 import argparse
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import dgcache
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache.reference import Reference
-from dgcache.sources import WatchedSource, opened
 from dgcache_cli import exits
-from dgcache_cli.commands.daemon import patient
 from dgcache_cli.output import human_seconds, human_size, print_json, print_table, progress
+from dgcache_cli.patience import patient
 from dgcache_core.errors import CacheMissError, InvalidReferenceError
 from dgcache_core.references import Deltaspace, parse_deltaspace, parse_sha256
-from dgcache_core.store import EntryInfo
+
+if TYPE_CHECKING:
+    from dgcache_core.store import EntryInfo
 
 _PIECE_BYTES = 1 << 20
 _DELTASPACE = "s3://bucket/prefix or bucket/prefix"
@@ -112,7 +111,6 @@ def _get(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterator[Reference]:
     """Get it from the daemon, or fetch it, with or without one."""
-    settings = Settings.from_environment()
     if fetch is None:
         with _daemon() as daemon:
             handout = daemon.get(deltaspace, parse_sha256(sha256))
@@ -120,7 +118,7 @@ def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterat
                 yield reference
         return
     with (
-        dgcache.open(settings) as cache,
+        dgcache.open(Settings.from_environment().for_one_shot()) as cache,
         progress("fetching", None) as advance,
         cache.get_or_fetch(
             deltaspace.bucket, deltaspace.prefix, sha256, lambda: _Fetch(fetch, advance)
@@ -133,6 +131,8 @@ class _Fetch:
     """The output of a shell command as a stream; its failure is a miss."""
 
     def __init__(self, command: str, advance: Callable[[int], None]) -> None:
+        import subprocess
+
         self._command = command
         self._advance = advance
         self._process = subprocess.Popen(
@@ -144,6 +144,8 @@ class _Fetch:
         piece = self._process.stdout.read(size)
         self._advance(len(piece))
         if not piece and self._process.wait() != 0:
+            import shlex
+
             raise CacheMissError(
                 f"the fetch command ended with status {self._process.returncode}: "
                 f"{shlex.quote(self._command)}"
@@ -157,6 +159,8 @@ class _Fetch:
 
 
 def _execute(command: list[str], reference: Reference) -> int:
+    import subprocess
+
     argv = [word.replace("{}", str(reference.path)) for word in command]
     try:
         status = subprocess.run(argv, check=False).returncode
@@ -190,6 +194,8 @@ def _copy(reference: Reference, out: IO[bytes]) -> None:
 
 def _put(arguments: argparse.Namespace) -> int:
     deltaspace = parse_deltaspace(arguments.deltaspace)
+    from dgcache.sources import WatchedSource, opened
+
     expected = parse_sha256(arguments.sha256) if arguments.sha256 else None
     what: Any = sys.stdin.buffer if str(arguments.file) == "-" else arguments.file
     with _daemon() as daemon, opened(what, daemon.max_entry_bytes) as source:
@@ -254,7 +260,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     return exits.OK
 
 
-def _last_use(entry: EntryInfo) -> str:
+def _last_use(entry: "EntryInfo") -> str:
     if entry.tier == "disk":
         return "on disk"
     return "now" if entry.held else f"{human_seconds(entry.idle_seconds)} ago"

@@ -5,10 +5,10 @@ import os
 from typing import Any
 
 from dgcache import Settings
-from dgcache.cache import connect
+from dgcache.connecting import connect
 from dgcache_cli import exits
-from dgcache_cli.commands.daemon import patient
 from dgcache_cli.output import print_fields, print_json, print_table
+from dgcache_cli.patience import patient
 from dgcache_core.errors import CacheError
 from dgcache_core.settings import ClientSettings, DaemonSettings, Resolved, as_text, declared
 

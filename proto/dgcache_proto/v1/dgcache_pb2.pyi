@@ -4,9 +4,14 @@ isort:skip_file
 The contract between dg-cached and its clients.
 
 Two sockets in one directory of mode 0700. `session.sock` (SOCK_SEQPACKET) carries SessionMessage
-packets and descriptors from the daemon to the client; `rpc.sock` carries gRPC. On both, the
-daemon admits only peers of its own uid (SO_PEERCRED), and a client sends nothing before it has
-checked the daemon's uid in the same way on session.sock.
+packets and descriptors from the daemon to the client, and from protocol 2 on Call packets from
+the client to the daemon; `rpc.sock` carries gRPC. On both, the daemon admits only peers of its
+own uid (SO_PEERCRED), and a client sends nothing before it has checked the daemon's uid in the
+same way on session.sock.
+
+A call may come by either way: the same messages, checks and errors. On session.sock only methods
+of one request and one response are served. Read and Write are for clients that cannot receive
+descriptors and so have no session to speak of, and Watch would occupy one without an end.
 
 Who may call: "any admitted connection" needs no session. "Session" means that the call carries
 the metadata `dg-session` with the id from Hello, as 32 hexadecimal digits, on a connection of
@@ -49,6 +54,8 @@ class SessionMessage(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """the first packet, sent at once"""
@@ -57,21 +64,119 @@ class SessionMessage(_message.Message):
     def descriptor(self) -> Global___Descriptor:
         """comes with exactly one descriptor (SCM_RIGHTS)"""
 
+    @_builtins.property
+    def answer(self) -> Global___Answer:
+        """to a Call"""
+
+    @_builtins.property
+    def alive(self) -> Global___Alive:
+        """every few seconds while calls of this session are in progress"""
+
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         descriptor: Global___Descriptor | None = ...,
+        answer: Global___Answer | None = ...,
+        alive: Global___Alive | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "answer", b"answer", "descriptor", b"descriptor", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "answer", b"answer", "descriptor", b"descriptor", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "descriptor"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "descriptor", "answer", "alive"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___SessionMessage: _TypeAlias = SessionMessage  # noqa: Y015
+
+@_typing.final
+class Call(_message.Message):
+    """What the client sends on session.sock: one packet of at most 4096 bytes. It comes from the process
+    that connected (SCM_CREDENTIALS), brings no descriptor, and no more calls than twice
+    Limits.calls_per_session are in progress at once. Whatever is not so ends the session.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """chosen by the client, unique among its calls in progress"""
+    method: _builtins.str
+    """of ReferenceCache, by its name alone"""
+    request: _builtins.bytes
+    """that method's request"""
+    timeout_seconds: _builtins.float
+    """above 0, at most 86400; then it is DEADLINE_EXCEEDED"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        method: _builtins.str = ...,
+        request: _builtins.bytes = ...,
+        timeout_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "method", b"method", "request", b"request", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Call: _TypeAlias = Call  # noqa: Y015
+
+@_typing.final
+class Answer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    MISS_REASON_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    code: _builtins.int
+    """A status of gRPC (google.rpc.Code). Besides what that method may give: UNIMPLEMENTED, no such
+    method here; OUT_OF_RANGE, done, but the response is longer than a packet: ask on rpc.sock.
+    """
+    message: _builtins.str
+    miss_reason: _builtins.str
+    """of NOT_FOUND, as in dg-miss-reason"""
+    response: _builtins.bytes
+    """that method's response, where the code is 0"""
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        miss_reason: _builtins.str = ...,
+        response: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "code", b"code", "message", b"message", "miss_reason", b"miss_reason", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Answer: _TypeAlias = Answer  # noqa: Y015
+
+@_typing.final
+class Alive(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alive: _TypeAlias = Alive  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -83,7 +188,7 @@ class Hello(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
-    """the version spoken; this file is 1"""
+    """the version spoken; this file is 2"""
     oldest_protocol: _builtins.int
     """the oldest version of a client that is still served"""
     build: _builtins.str

@@ -4,9 +4,14 @@ isort:skip_file
 The contract between dg-cached and its clients.
 
 Two sockets in one directory of mode 0700. `session.sock` (SOCK_SEQPACKET) carries SessionMessage
-packets and descriptors from the daemon to the client; `rpc.sock` carries gRPC. On both, the
-daemon admits only peers of its own uid (SO_PEERCRED), and a client sends nothing before it has
-checked the daemon's uid in the same way on session.sock.
+packets and descriptors from the daemon to the client, and from protocol 2 on Call packets from
+the client to the daemon; `rpc.sock` carries gRPC. On both, the daemon admits only peers of its
+own uid (SO_PEERCRED), and a client sends nothing before it has checked the daemon's uid in the
+same way on session.sock.
+
+A call may come by either way: the same messages, checks and errors. On session.sock only methods
+of one request and one response are served. Read and Write are for clients that cannot receive
+descriptors and so have no session to speak of, and Watch would occupy one without an end.
 
 Who may call: "any admitted connection" needs no session. "Session" means that the call carries
 the metadata `dg-session` with the id from Hello, as 32 hexadecimal digits, on a connection of
