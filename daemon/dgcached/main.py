@@ -20,6 +20,7 @@ from dgcached.hardening import (
     overwrite_variable,
     raise_descriptor_limit,
 )
+from dgcached.heap import limit_heaps
 from dgcached.host_memory import Budget, choose_budget
 from dgcached.limits import Limits
 from dgcached.sockets import AlreadyServing, Listeners
@@ -51,6 +52,7 @@ exit status:
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon and return its exit status."""
     harden()
+    limit_heaps()
     arguments = _parse(argv)
     notifier = Notifier()
     try:

@@ -1,7 +1,8 @@
 """Gives back what has expired and what nobody holds, and sleeps while there is neither.
 
 The kernel does not tell when a handout's last holder goes, so that is polled, but only while
-something is held.
+something is held. When nothing was for a few seconds, what the C library keeps of freed memory goes
+back to the system as well.
 """
 
 import asyncio
@@ -10,9 +11,11 @@ from contextlib import suppress
 
 from dgcache_core.errors import CacheUnavailableError
 from dgcache_core.store import ResidentStore
+from dgcached.heap import give_back_freed_memory
 from dgcached.logs import event
 
 _POLL_SECONDS = 0.25
+_IDLE_SECONDS = 3.0
 _LONGEST_NAP_SECONDS = 3600.0
 
 
@@ -57,11 +60,17 @@ class Sweeper:
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def _nap(self) -> None:
-        """Wait for the next change or the next expiry."""
+        """Wait for the next change or the next expiry; give freed memory back on the way."""
+        if await self._wait(_IDLE_SECONDS):
+            return
+        await asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
+        await self._wait(_LONGEST_NAP_SECONDS)
+
+    async def _wait(self, most_seconds: float) -> bool:
+        """Tell whether there is something to do before so many seconds are over."""
         next_expiry = self._store.seconds_to_next_expiry()
-        seconds = None if next_expiry is None else max(0.0, next_expiry)
+        seconds = most_seconds if next_expiry is None else min(max(0.0, next_expiry), most_seconds)
         with suppress(TimeoutError):
-            async with asyncio.timeout(
-                min(seconds, _LONGEST_NAP_SECONDS) if seconds is not None else None
-            ):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
+        return self._changed.is_set() or seconds < most_seconds

@@ -1,6 +1,8 @@
 """What a daemon at rest has open and in memory, and what of any reference is left on a disk."""
 
 import os
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from tests.soak.truth import MARK_BYTES, SAMPLE_BYTES, Truth
 from tests.support.wire import SECONDS, Client, eventually
 
 _PIECE_BYTES = 4 << 20
+_SETTLED_SECONDS, _LOOK_SECONDS = 5.0, 0.25
+"""A daemon gives freed memory back after three idle seconds."""
 PUBLIC_PLACES = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 
 
@@ -29,7 +33,7 @@ class AtRest:
 
 
 def at_rest(directory: Path, pid: int) -> AtRest:
-    """Free everything, wait until nothing is in progress, and measure."""
+    """Free everything, wait until nothing is in progress and nothing changes, and measure."""
     with Client(directory) as client:
         client.stub.Clear(pb.ClearRequest(), timeout=SECONDS)
 
@@ -42,7 +46,19 @@ def at_rest(directory: Path, pid: int) -> AtRest:
             return ours and idle and empty and store.limit_bytes == store.max_bytes
 
         eventually(resting, 60)
-        return _measured(pid)
+        return _settled(pid)
+
+
+def _settled(pid: int) -> AtRest:
+    """Measure until it was the same for a while: what has just ended is still being closed."""
+    seen, since, pause = _measured(pid), time.monotonic(), threading.Event()
+    deadline = since + SECONDS
+    while time.monotonic() < min(since + _SETTLED_SECONDS, deadline):
+        pause.wait(_LOOK_SECONDS)
+        now = _measured(pid)
+        if now != seen:
+            seen, since = now, time.monotonic()
+    return seen
 
 
 def _measured(pid: int) -> AtRest:
