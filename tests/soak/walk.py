@@ -5,7 +5,11 @@ one client stores a reference, the disk tier takes what memory has no room for, 
 back. Afterwards, without strace: the daemon answers, each reference is whole or absent, nothing
 half-written is on the disk, and nothing is reserved, held or open that was not before. Where the
 kernel refuses the interpreter or gRPC their memory or threads the daemon may die (`MAY_DIE`); then
-its next life is held to the same.
+its next life is held to the same. A tier that turned itself off would write nothing for a minute:
+then the next step has a new daemon, or it would refuse nothing of the disk.
+
+The first call of each kind with each error comes first, then every second one, and so on: where
+time is short the walk is less deep, and no kind is missing.
 
 `close` is not among the calls: a close that is refused on Linux has closed nonetheless (close(2)),
 one that strace refuses has not. Nor are read, write and epoll_ctl: the first in each thread are
@@ -49,7 +53,7 @@ LIMITS: dict[str, Any] = {
 }
 _CALL_SECONDS = 4.0
 _TAKEN_AWAY, _GIVING_UP_SECONDS = 72, 20.0
-_MOST_TIMES = 40
+_MOST_TIMES, _MINUTES = 40, 13.0
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,7 @@ def main() -> int:
     parser.add_argument("--calls", default=",".join(CALLS))
     parser.add_argument("--errors", default=",".join(ERRORS))
     parser.add_argument("--most-times", type=int, default=_MOST_TIMES)
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="no step begins later")
     arguments = parser.parse_args()
     seen: list[Seen] = []
     begun = time.monotonic()
@@ -250,6 +255,7 @@ def main() -> int:
             arguments.calls.split(","),
             arguments.errors.split(","),
             arguments.most_times,
+            begun + arguments.minutes * 60,
         ):
             seen.append(one)
             if one.trouble or one.died:
@@ -260,7 +266,8 @@ def main() -> int:
         f"{len(seen)} steps, {injected} refused calls of {len({one.step.call for one in seen})} "
         f"kinds in {time.monotonic() - begun:.0f} s; the daemon died in "
         f"{sum(one.died for one in seen)}; stored all the same in "
-        f"{sum(one.stored for one in seen)}; troubles: {len(fallen)}"
+        f"{sum(one.stored for one in seen)}; troubles: {len(fallen)}; walked to the "
+        f"{max((one.step.number for one in seen), default=0)}. call of a kind"
     )
     return 1 if fallen else 0
 
