@@ -32,7 +32,7 @@ def main() -> int:
             arguments.seed,
             seconds,
             clients=arguments.clients,
-            warm_up_seconds=max(10.0, min(120.0, seconds / 6)),
+            warm_up_seconds=max(10.0, min(300.0, seconds / 3)),
             say=_progress(stack),
         )
     show(outcome, json=arguments.json)

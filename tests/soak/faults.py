@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.soak.crews import Slot
+from tests.soak.crews import Slot, Tally
 from tests.soak.households import Household
 from tests.support.memory_group import Hog, MemoryGroup
 
@@ -56,6 +56,7 @@ class World:
     steady: Household
     mortal: Household
     slots: Sequence[Slot]
+    tally: Tally
     group: MemoryGroup | None = None
     group_bytes: int = 0
     clock: Path | None = None
@@ -68,7 +69,7 @@ class World:
         return self.steady, self.mortal
 
 
-def schedule(seed: int, seconds: float, kinds: Sequence[str]) -> list[Fault]:
+def schedule(seed: int | str, seconds: float, kinds: Sequence[str]) -> list[Fault]:
     """Return what is done within so many seconds, oldest first."""
     chance = random.Random(f"{seed}/faults")
     pause = min(_PAUSE_SECONDS, 0.9 * seconds / len(kinds))

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tests.soak.client import LEASE_SECONDS
 from tests.support.disk_daemon import LOCK_READS_ONLY, Home
 from tests.support.wire import Daemon
 
@@ -21,7 +22,7 @@ TMPFS_MB = 40
 DISK_MB = 28
 _QUICK: dict[str, Any] = {
     "audit_seconds": 5.0,
-    "lease_seconds": 20.0,
+    "lease_seconds": LEASE_SECONDS,
     "pressure_look_seconds": 0.2,
     "pressure_calm_seconds": 1.0,
     "pressure_step_seconds": 0.2,

@@ -1,9 +1,11 @@
 """What a soak shows, for people and for programs, and whether every invariant held."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dgcache_cli.output import human_seconds, human_size, print_fields, print_json, print_table
+from tests.soak.measures import AtRest
 from tests.soak.run import Outcome
 
 GROWTH = 0.01
@@ -77,6 +79,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "daemon_lives": outcome.steady_lives + outcome.mortal_lives,
         "faults": dict(outcome.faults),
         "not_done": dict(outcome.not_done),
+        "warm": [asdict(one) for one in outcome.warm],
         "rests": [asdict(one) for one in outcome.rests],
         "files_searched": outcome.files_searched,
         "failures": tally.failures,
@@ -106,7 +109,8 @@ def show(outcome: Outcome, *, json: bool) -> None:
             ("not done", _counts(outcome.not_done) or "none"),
             ("files searched", str(outcome.files_searched)),
             ("threads at rest", f"{before.threads} → {after.threads}"),
-            ("memory at rests", " → ".join(str(one.memory_kib) for one in outcome.rests) + " KiB"),
+            ("memory while warming up", _memories(outcome.warm)),
+            ("memory at rests", _memories(outcome.rests)),
             ("program pages", f"{before.file_kib} → {after.file_kib} KiB"),
         ]
     )
@@ -117,6 +121,10 @@ def show(outcome: Outcome, *, json: bool) -> None:
     print_table(("invariant", "seen", "wanted", ""), rows)
     for line in (*tally.failures, *outcome.complaints, *outcome.plaintext):
         print(line)
+
+
+def _memories(rests: Sequence[AtRest]) -> str:
+    return " → ".join(str(one.memory_kib) for one in rests) + " KiB"
 
 
 def _counts(counts: Any) -> str:

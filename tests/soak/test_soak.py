@@ -35,7 +35,7 @@ def held(name: str, outcome_invariants: dict[str, bool]) -> bool:
 @pytest.mark.timeout(300)
 def test_half_a_minute_of_clients_and_faults_breaks_nothing() -> None:
     """No wrong byte, no failed operation, no plaintext on a disk, nothing left in the daemon."""
-    outcome = soak(20, 22, clients=2, warm_up_seconds=8)
+    outcome = soak(20, 16, clients=2, warm_up_seconds=6, warm_up_parts=1, parts=2)
     broken = [one for one in invariants(outcome) if not one.holds and one.name != "memory at rest"]
     assert broken == [], (outcome.tally.failures, outcome.complaints, outcome.plaintext)
     assert outcome.after.memory_kib <= outcome.before.memory_kib + _SLACK_KIB
