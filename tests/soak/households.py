@@ -66,7 +66,7 @@ class Household:
     @contextmanager
     def running(self) -> Iterator["Household"]:
         """Keep a daemon running until the block ends."""
-        with _small_file_system(self.home.cache):
+        with small_file_system(self.home.cache):
             keeper = threading.Thread(target=self._keep, name=self.name)
             keeper.start()
             try:
@@ -131,7 +131,8 @@ class Household:
 
 
 @contextmanager
-def _small_file_system(place: Path) -> Iterator[None]:
+def small_file_system(place: Path) -> Iterator[None]:
+    """Have a file system of `TMPFS_MB` in memory there while the block runs."""
     size = f"size={TMPFS_MB}m,mode=700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", place], check=True)
     try:

@@ -4,9 +4,11 @@ The whole soak is `make soak`, the whole walk over the system calls of a store `
 """
 
 import io
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 
 from tests.soak.client import Worker
 from tests.soak.crews import ROOT, Tally
-from tests.soak.faults import KINDS, schedule
+from tests.soak.faults import KINDS, Fault, Injector, World, schedule
+from tests.soak.households import Household, small_file_system
 from tests.soak.measures import leftovers
 from tests.soak.report import invariants
 from tests.soak.run import soak
@@ -39,10 +42,29 @@ def test_half_a_minute_of_clients_and_faults_breaks_nothing() -> None:
     broken = [one for one in invariants(outcome) if not one.holds and one.name != "memory at rest"]
     assert broken == [], (outcome.tally.failures, outcome.complaints, outcome.plaintext)
     assert outcome.after.memory_kib <= outcome.before.memory_kib + _SLACK_KIB
-    assert outcome.tally.sources["dg-cached"] > 50
-    assert outcome.tally.bytes_compared > 50 * MIB
-    assert len(outcome.faults) >= len(KINDS) // 2
+    assert outcome.tally.sources["dg-cached"] > 5
+    assert outcome.tally.bytes_compared > 5 * MIB
+    not_done = {reason.split(":")[0] for reason in outcome.not_done}
+    assert outcome.faults.keys() | not_done == set(KINDS)
     assert outcome.mortal_lives > 1
+
+
+@pytest.mark.root
+def test_a_disk_that_is_full_and_then_read_only_gets_room_again(short_directory: Path) -> None:
+    """The one ends before the other; whatever fails in a fault, the rest is undone."""
+    places = short_directory / "steady", short_directory / "mortal"
+    for place in places:
+        place.mkdir()
+    steady, mortal = (Household("", place, memory_mb=1, persistent=False) for place in places)
+    world = World(steady, mortal, slots=[], tally=Tally())
+    cache = steady.home.cache
+    with small_file_system(cache):
+        faults = [Fault(0.0, "disk-full", 0), Fault(0.1, "disk-read-only", 1 << 30)]
+        injector = Injector(world)
+        injector.run(faults, threading.Event())
+        assert (injector.troubles, injector.not_done.total()) == ([], 0)
+        (cache / "file").write_bytes(bytes(MIB))
+        assert os.listdir(cache) == ["file"]  # noqa: PTH208 - no paths are wanted
 
 
 def test_the_same_seed_does_the_same_harm_and_another_does_not() -> None:
@@ -94,7 +116,7 @@ def test_the_source_of_a_command_prints_the_reference() -> None:
 
 
 WALKED = ("openat", "pwrite64", "fsync", "fallocate", "rename", "memfd_create", "ftruncate")
-WALKED += ("pipe2", "readv", "recvmsg", "sendmsg")
+WALKED += ("pipe2", "readv", "recvmsg", "sendmsg", "accept4", "fcntl", "ioctl", "madvise")
 
 
 @pytest.mark.root
