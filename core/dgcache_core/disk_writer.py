@@ -7,6 +7,7 @@ descriptor of its own before the file gets its name.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 from dgcache_core.aead import BODY_OFFSET, CHUNK_BYTES, HEADER_BYTES, open_chunk
 from dgcache_core.disk_files import require_own_file
@@ -124,8 +125,13 @@ class DiskWriter:
                 os.fsync(descriptor)
             with directory.opened(new) as again:
                 _require_written(new, descriptor, again, header, size)
-                directory.publish(new, name, durable=durable)
-                return FileState.of(os.fstat(again))  # after the rename, which changes ctime
+                try:
+                    directory.publish(new, name, durable=durable)
+                    return FileState.of(os.fstat(again))  # after the rename, which changes ctime
+                except OSError:  # it may have its name by now, and would be a stranger's there
+                    with suppress(OSError, CacheRefusedError):
+                        directory.unlink(name)
+                    raise
 
     def _write_checked(self, descriptor: int, header: bytes, stored: StoredBlob) -> None:
         frame, blob = stored.frame, stored.blob

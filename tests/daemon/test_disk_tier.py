@@ -6,6 +6,7 @@ What others do to its files is in `test_disk_guard`.
 import base64
 import json
 import random
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.disk_daemon import Home, fill, found, lines, reference
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.wire import Client, eventually, sha256
 
 
@@ -163,6 +165,21 @@ def test_killed_at_any_moment_what_is_found_is_whole_or_absent(home: Home) -> No
             daemon.process.wait(20)
             assert not lines(daemon, "security")
     assert served > 200
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which refuses the calls")
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_file_that_cannot_be_made_durable_is_not_left(home: Home, number: int) -> None:
+    """Of the file, of a directory that is made for it, or behind its name: no stranger is seen."""
+    with home.daemon() as daemon, Client(daemon.directory) as client:
+        trace = home.base / "trace"
+        with refusing_meanwhile(daemon.pid, "fsync", "ENOSPC", trace, number=number):
+            fill(client, 20)
+            eventually(lambda: client.status().disk.disabled_reason)
+        assert client.status().disk.entries == len(home.files())
+        assert not client.status().security_events
+        assert list((home.tier / "new").iterdir()) == []
 
 
 def test_no_file_tells_anything(home: Home) -> None:

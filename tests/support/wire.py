@@ -31,6 +31,7 @@ from dgcache_proto.v1 import dgcache_pb2_grpc
 
 SECONDS = 20.0
 """The longest wait for anything that must happen."""
+_START_SECONDS = 60.0  # of an interpreter and its imports, where many are started at once
 
 SPACE = pb.Deltaspace(bucket="bucket", prefix="releases")
 MIB = 1 << 20
@@ -177,7 +178,7 @@ def _ready_socket() -> Iterator[tuple[socket.socket, str]]:
 def _await_ready(process: "subprocess.Popen[bytes]", notices: socket.socket, log: Path) -> None:
     pidfd = os.pidfd_open(process.pid)
     try:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + _START_SECONDS
         while notices.fileno() in poll([notices.fileno(), pidfd], deadline - time.monotonic()):
             if b"READY=1" in notices.recv(4096).split(b"\n"):
                 return
