@@ -6,9 +6,8 @@ import secrets
 import sys
 from contextlib import ExitStack
 
-from tests.soak.faults import KINDS, schedule
 from tests.soak.report import invariants, show
-from tests.soak.run import Progress, soak
+from tests.soak.run import PARTS, Progress, harm, soak
 
 _EPILOG = """\
 It needs root, because it mounts small file systems, makes a control group, and looks at the
@@ -20,8 +19,9 @@ def main() -> int:
     arguments = _parse()
     seconds = arguments.minutes * 60
     if arguments.schedule:
-        for fault in schedule(arguments.seed, seconds, list(KINDS)):
-            print(f"{fault.at_seconds:9.2f} s  {fault.kind}  {fault.choice}")
+        for part, faults in enumerate(harm(arguments.seed + 1, seconds, PARTS), 1):
+            for fault in faults:
+                print(f"part {part} {fault.at_seconds:9.2f} s  {fault.kind}  {fault.choice}")
         return 0
     if os.geteuid() != 0:
         print("the soak needs root: sudo make soak", file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak.crews import Slot, Tally
-from tests.soak.faults import KINDS, LIBFAKETIME, Injector, World, schedule, set_clock
+from tests.soak.faults import KINDS, LIBFAKETIME, Fault, Injector, World, schedule, set_clock
 from tests.soak.households import Household
 from tests.soak.measures import AtRest, at_rest, leftovers
 from tests.soak.truth import Truth
@@ -25,7 +25,7 @@ from tests.support.memory_group import MemoryGroup, memory_group
 
 GROUP_BYTES = 360 << 20
 STEADY_MB, MORTAL_MB = 24, 16
-_WARM_UP_PARTS = 5
+_WARM_UP_PARTS, PARTS = 5, 4
 _HARMLESS_WHILE_WARMING = [kind for kind in KINDS if kind != "kill-daemon"]
 
 Progress = Callable[[str], None]
@@ -73,7 +73,7 @@ def soak(
     clients: int,
     warm_up_seconds: float,
     warm_up_parts: int = _WARM_UP_PARTS,
-    parts: int = 4,
+    parts: int = PARTS,
     say: Progress = lambda _: None,
 ) -> Outcome:
     """Run it.
@@ -199,6 +199,11 @@ def _remove_clocks(household: Household) -> None:
                 Path("/dev/shm", name).unlink()
 
 
+def harm(seed: int, seconds: float, parts: int) -> list[list[Fault]]:
+    """Return what is done in each part of so many seconds."""
+    return [schedule(f"{seed}/{part}", seconds / parts, list(KINDS)) for part in range(parts)]
+
+
 def _parts(
     world: World,
     injector: Injector,
@@ -212,9 +217,9 @@ def _parts(
     steady = world.steady.daemon
     assert steady is not None
     rests = []
-    for part in range(count):
-        told = f"{what}, part {part + 1} of {count}"
-        _work(world, injector, f"{seed}/{part}", seconds / count, say, told)
+    for number, faults in enumerate(harm(seed, seconds, count), 1):
+        told = f"{what}, part {number} of {count}"
+        _work(world, injector, faults, seconds / count, say, told)
         rests.append(at_rest(steady.directory, steady.pid))
     return rests
 
@@ -222,18 +227,17 @@ def _parts(
 def _work(
     world: World,
     injector: Injector,
-    seed: str,
+    faults: Sequence[Fault],
     seconds: float,
     say: Progress,
     what: str,
 ) -> None:
     """Let clients work and faults happen for so long, and let everybody finish."""
     over, tally = threading.Event(), world.tally
-    faults = schedule(seed, seconds, list(KINDS))
-    harm = threading.Thread(target=injector.run, args=(faults, over), name="faults")
+    harming = threading.Thread(target=injector.run, args=(faults, over), name="faults")
     for slot in world.slots:
         slot.start()
-    harm.start()
+    harming.start()
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         say(
@@ -243,7 +247,7 @@ def _work(
         )
         over.wait(min(1.0, left))
     over.set()
-    harm.join()
+    harming.join()
     for slot in world.slots:
         slot.finish()
     for slot in world.slots:
