@@ -116,7 +116,7 @@ def test_the_source_of_a_command_prints_the_reference() -> None:
 
 
 WALKED = ("openat", "pwrite64", "fsync", "fallocate", "rename", "memfd_create", "ftruncate")
-WALKED += ("pipe2", "readv", "recvmsg", "sendmsg", "accept4", "fcntl", "ioctl", "madvise")
+WALKED += ("pipe2", "readv", "recvmsg", "sendmsg", "accept4", "fcntl", "ioctl", "madvise", "mmap")
 
 
 @pytest.mark.root
