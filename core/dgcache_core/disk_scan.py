@@ -7,7 +7,8 @@ whatever there is; what is asked for meanwhile is judged at once. The rules:
 - ours and bad in any way: removed, with an event. So is one that was changed after we had opened
   the directory: since then only we write here;
 - of an ephemeral key that is gone, or of an earlier generation: nobody can read it, removed;
-- of another key, of another format, no file at all: left alone and counted. Links are removed.
+- of another key, of another format, no file at all: left alone and counted. Links are removed;
+- what could not be looked at for want of memory or a descriptor is looked at again at the end.
 """
 
 import os
@@ -22,13 +23,14 @@ from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_reader import judge_file
 from dgcache_core.disk_records import DiskEventKind
-from dgcache_core.disk_table import DiskTable
+from dgcache_core.disk_table import PASSING, DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.tier_keys import TierKeys
 
 _MAX_EVENTS = 100
 _MAX_TEMPORARIES = 10_000
+_MAX_TRIED_AGAIN = 256
 
 
 class FormerLife:
@@ -41,6 +43,8 @@ class FormerLife:
         self._wall_clock = wall_clock
         self._lock = threading.RLock()  # an event may be answered with a call
         self._names: Iterator[str | None] = table.directory.entry_names()
+        self._again: list[str] = []
+        self._may_try_again = _MAX_TRIED_AGAIN
         self._events = 0
         self.is_done = False
         for count, name in enumerate(table.directory.temporaries()):
@@ -59,7 +63,9 @@ class FormerLife:
         with self._lock, self._ring.lend() as keys:
             while not self.is_done and time.monotonic() < deadline:
                 name = next(self._names, "")
-                if name == "":
+                if name == "" and self._again:
+                    self.judge(self._again.pop(), keys)
+                elif name == "":
                     self._end()
                 elif name is None:
                     self._table.counters.foreign_files += 1
@@ -83,6 +89,10 @@ class FormerLife:
             else:
                 self._leave(name, str(error))
         except OSError as error:
+            if error.errno in PASSING and self._may_try_again:
+                self._may_try_again -= 1
+                self._again.append(name)
+                return
             self._leave(name, error.strerror or "it cannot be read")
 
     def _judge(self, name: str, descriptor: int, keys: TierKeys) -> None:

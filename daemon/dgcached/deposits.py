@@ -11,7 +11,7 @@ import os
 import select
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from dgcache_core.clock import boottime_seconds
 from dgcache_core.errors import CacheError, CacheUnavailableError, InvalidReferenceError
@@ -29,23 +29,21 @@ class Deposit:
         """Make the pipe and start to read it.
 
         Raises:
-            OSError: no descriptor is left; the ingest is aborted.
+            OSError: there is no pipe to be had; the ingest is aborted.
         """
         self._ingest = ingest
         self._limits = limits
-        try:
+        with ExitStack() as stack:
+            stack.callback(ingest.abort)
             self._cancelled = os.eventfd(0, os.EFD_CLOEXEC)
-            try:
-                self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
-            except OSError:
-                os.close(self._cancelled)
-                raise
-        except OSError:
-            ingest.abort()
-            raise
+            stack.callback(os.close, self._cancelled)
+            self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
+            for end in (self._read_end, self._write_end):
+                stack.callback(os.close, end)
+            os.set_blocking(self._read_end, False)
+            stack.pop_all()
         with suppress(OSError):  # above pipe-user-pages-soft it stays 64 KiB (pipe(7))
             fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        os.set_blocking(self._read_end, False)
         self._expiry: asyncio.TimerHandle | None = None
         self._forget: Callable[[], object] | None = None
         self._given_up = False

@@ -1,13 +1,16 @@
 """Deposits: whatever the writer does, nothing wrong is kept and the room comes back."""
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
 from dgcache_proto.v1 import dgcache_pb2 as pb
+from tests.support.refused_syscalls import refusing_meanwhile
 from tests.support.wire import (
     MIB,
     SECONDS,
@@ -260,3 +263,21 @@ def test_a_writer_is_not_stopped_by_anothers_end(client: Client, daemon: Daemon)
     as_user(None, WRITER, daemon.directory, "write")
     pour(write_end, DATA)
     assert client.commit(request_id) == sha256(DATA)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which refuses the calls")
+@pytest.mark.parametrize("call", ["ioctl", "pipe2", "eventfd2"])
+def test_a_store_that_gets_no_pipe_leaves_nothing_behind(
+    client: Client, daemon: Daemon, short_directory: Path, call: str
+) -> None:
+    """Whatever of its pipe is refused: no room, no place and no descriptor stays taken."""
+    client.store(b"everything that a store needs is there")
+    before = daemon.descriptors()
+    with refusing_meanwhile(daemon.pid, call, "ENOMEM", short_directory / "trace"):
+        for _ in range(3):
+            with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                client.begin(100_000)
+    status = client.status()
+    assert (status.store.reserved_bytes, status.stores_in_progress) == (0, 0)
+    eventually(lambda: daemon.descriptors() <= before)
