@@ -6,6 +6,7 @@ its daemons (`ended`, `complaints`) is complete after it. Needs root.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -35,6 +36,14 @@ _EXPECTED_STATUSES = {0, -9, -15, 72}
 taken away more often than it mends."""
 
 
+_UNSENT = re.compile(
+    r"Traceback \(most recent call last\):\n"
+    r'(?:  File "src/python/grpcio/[^\n]*\n)+'
+    r"grpc\._cython\.cygrpc\.ExecuteBatchError: [^\n]*\n"
+)
+"""What gRPC prints, with no line of ours in it, when it cannot send a call's status any more."""
+
+
 class Household:
     """One user's daemon."""
 
@@ -56,6 +65,7 @@ class Household:
         self.ended: list[int] = []
         self.complaints: list[str] = []
         self.pids: list[int] = []
+        self.unsent = 0
         self._memory_mb, self._persistent = memory_mb, persistent
         self._prefix = (*prefix, sys.executable, "-c", LOCK_READS_ONLY)
         self._environ = environ
@@ -125,6 +135,8 @@ class Household:
             self._judge(daemon.logged())
 
     def _judge(self, log: str) -> None:
+        log, unsent = _UNSENT.subn("", log)
+        self.unsent += unsent
         if "Traceback" in log:
             at = log.index("Traceback")
             self.complaints.append(f"{self.name} logged: {log[max(0, at - 500) : at + 3000]}")

@@ -47,6 +47,8 @@ class Outcome:
     steady_lives: int
     mortal_lives: int
     complaints: list[str]
+    unsent: int
+    """How often gRPC had nobody left to send a call's status to, and printed a traceback."""
     plaintext: list[str]
     files_searched: int
 
@@ -115,6 +117,7 @@ def soak(
             *(line for household in world.households for line in household.complaints),
             *(f"a fault's own trouble: {line}" for line in warming.troubles + injector.troubles),
         ],
+        unsent=sum(household.unsent for household in world.households),
         plaintext=sorted({*found, *found_later}),
         files_searched=searched + searched_later,
     )
