@@ -6,10 +6,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dgcache_core import disk_store
+from dgcache_core import disk_scan, disk_store
 from dgcache_core.disk_format import VERSION
 from dgcache_core.disk_names import tier_directory
 from dgcache_core.disk_records import DiskEventKind
@@ -57,6 +58,7 @@ def test_a_tier_outlives_a_real_process(tier: Tier) -> None:
     program = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from dgcache_core.disk_store import DiskStore
 from tests.core.tier import TIER_KEY, Tier
 tier = Tier(Path(sys.argv[1]))
@@ -467,6 +469,30 @@ def test_what_is_asked_for_is_found_before_the_scan_has_come_to_it(tier: Tier) -
     assert store.status().is_scanned
     assert store.status().entries == 7
     assert not tier.events
+
+
+@pytest.mark.parametrize(("errors", "alarms"), [(3, 0), (400, 1)])
+def test_what_could_not_be_looked_at_for_now_is_looked_at_again(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, errors: int, alarms: int
+) -> None:
+    """No descriptor was left: no stranger's file is that, unless it goes on and on."""
+    store = tier.open()
+    for data in some(8):
+        tier.keep(store, data)
+    judge, left = disk_scan.judge_file, errors
+
+    def judge_later(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return judge(*arguments)
+
+    monkeypatch.setattr(disk_scan, "judge_file", judge_later)
+    status = tier.open().status()
+    assert status.is_scanned
+    assert status.entries == (0 if alarms else 8)
+    assert {event.kind for event in tier.events} == ({DiskEventKind.FOREIGN} if alarms else set())
 
 
 def test_what_is_evicted_and_cleared_is_all_there_is(tier: Tier) -> None:
