@@ -21,8 +21,7 @@ from dgcache_core.errors import CacheRefusedError, MissReason
 from dgcache_core.memory import page_rounded
 from dgcache_core.references import Deltaspace, Sha256
 
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EFBIG)
-"""A lack that says nothing of the disk: it may be over at the next try."""
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EFBIG)
 _REMEMBERED_MISSES = 4096
 _FIRST_RETRY_SECONDS = 60.0
 _LAST_RETRY_SECONDS = 3600.0
@@ -208,7 +207,7 @@ class DiskTable:
 
     def note_failure(self, error: OSError, wanted_bytes: int = 0) -> None:
         """The system said no: turn the tier off and say so once, unless it is a passing lack."""
-        if error.errno in PASSING:
+        if error.errno in _PASSING:
             return
         with self.lock:
             if self.disabled_reason:
