@@ -24,7 +24,7 @@ from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_reader import judge_file
 from dgcache_core.disk_records import DiskEventKind
-from dgcache_core.disk_table import PASSING, DiskTable
+from dgcache_core.disk_table import DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.tier_keys import TierKeys
