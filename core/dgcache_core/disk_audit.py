@@ -8,6 +8,7 @@ time such writes; and a write in the same tick of the kernel's clock as our own 
 before Linux 6.13).
 """
 
+import stat
 from pathlib import Path
 
 from dgcache_core.disk_index import DiskEntry
@@ -93,20 +94,23 @@ class Auditor:
         return Finding(kind, name, message)
 
     def _audit_stranger(self, name: str) -> Finding | None:
-        """Something that is in no index: it is never served, so it is only told."""
+        """Something that is in no index: it is never served, so it is only told; but no link stays
+        in an entry's place, as at the next start."""
         works = self._table.works
         if self._is_expected(name):
             return None
         try:
-            if self._look(name) is None:
-                return None
+            now = self._look(name)
         except (CacheRefusedError, OSError):
             return None
-        if self._table.works != works or self._is_expected(name):
+        if now is None or self._table.works != works or self._is_expected(name):
             return None  # it may be what we were just writing or removing
-        message = "somebody else put it there; it is not used"
-        self._table.tell(DiskEventKind.FOREIGN, name, message)
-        return Finding(DiskEventKind.FOREIGN, name, message)
+        kind, message = DiskEventKind.FOREIGN, "somebody else put it there; it is not used"
+        if is_entry_name(name) and stat.S_ISLNK(now.type):
+            self._table.remove_stray(name)
+            kind, message = DiskEventKind.SECURITY, "somebody else put a link there; it is removed"
+        self._table.tell(kind, name, message)
+        return Finding(kind, name, message)
 
     def _is_expected(self, name: str) -> bool:
         if name in ("", NEW) or name.startswith((f"{NEW}/", GENERATION)) or is_level_name(name):

@@ -8,13 +8,14 @@ whatever there is; what is asked for meanwhile is judged at once. The rules:
   the directory: since then only we write here;
 - of an ephemeral key that is gone, or of an earlier generation: nobody can read it, removed;
 - of another key, of another format, no file at all: left alone and counted. Links are removed;
-- what could not be looked at for want of memory or a descriptor is looked at again at the end.
+- what the system did not let us look at (no descriptor left, a bad disk) is tried again at the end.
 """
 
 import os
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from dgcache_core.disk_files import require_own_file
@@ -23,7 +24,7 @@ from dgcache_core.disk_index import DiskEntry
 from dgcache_core.disk_keyring import KeyRing
 from dgcache_core.disk_reader import judge_file
 from dgcache_core.disk_records import DiskEventKind
-from dgcache_core.disk_table import PASSING, DiskTable
+from dgcache_core.disk_table import DiskTable
 from dgcache_core.errors import CacheCorruptionError, CacheRefusedError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.tier_keys import TierKeys
@@ -43,7 +44,7 @@ class FormerLife:
         self._wall_clock = wall_clock
         self._lock = threading.RLock()  # an event may be answered with a call
         self._names: Iterator[str | None] = table.directory.entry_names()
-        self._again: list[str] = []
+        self._again: deque[str] = deque()
         self._may_try_again = _MAX_TRIED_AGAIN
         self._events = 0
         self.is_done = False
@@ -64,7 +65,7 @@ class FormerLife:
             while not self.is_done and time.monotonic() < deadline:
                 name = next(self._names, "")
                 if name == "" and self._again:
-                    self.judge(self._again.pop(), keys)
+                    self.judge(self._again.popleft(), keys)
                 elif name == "":
                     self._end()
                 elif name is None:
@@ -89,7 +90,7 @@ class FormerLife:
             else:
                 self._leave(name, str(error))
         except OSError as error:
-            if error.errno in PASSING and self._may_try_again:
+            if self._may_try_again:
                 self._may_try_again -= 1
                 self._again.append(name)
                 return

@@ -471,11 +471,12 @@ def test_what_is_asked_for_is_found_before_the_scan_has_come_to_it(tier: Tier) -
     assert not tier.events
 
 
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO])
 @pytest.mark.parametrize(("errors", "alarms"), [(3, 0), (400, 1)])
 def test_what_could_not_be_looked_at_for_now_is_looked_at_again(
-    tier: Tier, monkeypatch: pytest.MonkeyPatch, errors: int, alarms: int
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, error: int, errors: int, alarms: int
 ) -> None:
-    """No descriptor was left: no stranger's file is that, unless it goes on and on."""
+    """No descriptor, or a bad disk: that makes no stranger's file, unless it goes on and on."""
     store = tier.open()
     for data in some(8):
         tier.keep(store, data)
@@ -485,7 +486,7 @@ def test_what_could_not_be_looked_at_for_now_is_looked_at_again(
         nonlocal left
         left -= 1
         if left >= 0:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise OSError(error, os.strerror(error))
         return judge(*arguments)
 
     monkeypatch.setattr(disk_scan, "judge_file", judge_later)

@@ -229,6 +229,15 @@ def symlink(file: Path, keep: ExitStack) -> None:
     outside(file, "symlink").rename(file)
 
 
+def unlink_and_symlink(file: Path, keep: ExitStack) -> None:
+    """The daemon may look before, between and after."""
+    theirs = outside(file, "theirs")
+    shutil.copyfile(file, theirs)
+    theirs.chmod(0o600)
+    file.unlink()
+    file.symlink_to(theirs)
+
+
 def outside(file: Path, name: str) -> Path:
     """Return a name beside the tier, on the same file system."""
     return file.parents[3] / name
@@ -240,6 +249,7 @@ WAYS: list[tuple[Callable[[Path, ExitStack], None], float]] = [
     (hard_link, 0.3),
     (map_and_write, 0.3),
     (symlink, NEVER),
+    (unlink_and_symlink, NEVER),
 ]
 by_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0].__name__)
 
@@ -288,7 +298,28 @@ def test_27_a_changed_file_is_an_alarm_and_never_served(
         assert [line for line in lines(daemon, "security") if name in line]
         assert answers(client, digests, len(reference(0))) == 1
         theirs = outside(file, "link" if change is hard_link else "theirs")
-        assert theirs.exists() == (change in (hard_link, symlink))
+        assert theirs.exists() == (change in (hard_link, symlink, unlink_and_symlink))
+
+
+@pytest.mark.parametrize("mechanism", ["fanotify", "inotify"])
+def test_27_a_link_in_the_place_of_a_removed_file_is_taken_away(home: Home, mechanism: str) -> None:
+    """Put there only when the daemon knows no entry of that name any more: an alarm, and what it
+    leads to is left alone; the same reference is kept there again."""
+    limits = {"watch_mechanisms": [mechanism], "audit_seconds": NEVER}
+    with home.daemon(limits=limits) as daemon, Client(daemon.directory) as client:
+        digests = fill(client, 20)
+        file = home.files()[0]
+        name = str(file.relative_to(home.tier))
+        theirs = outside(file, "theirs")
+        shutil.copyfile(file, theirs)
+        with following(client) as events:
+            file.unlink()
+            assert next(told for told in events if told[1] == name) == ("removed", name)
+            file.symlink_to(theirs)
+            assert next(told for told in events if told[1] == name) == ("security", name)
+        assert not os.path.lexists(file)
+        assert theirs.exists()
+        assert answers(client, digests, len(reference(0))) == 1
 
 
 @by_way

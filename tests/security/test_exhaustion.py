@@ -9,21 +9,27 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 
 import dgcache
 from dgcache import Settings
+from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.bystander import bystander
 from tests.support.memory_group import memory_group
 from tests.support.wire import (
     MIB,
+    SECONDS,
+    SPACE,
     Client,
     Daemon,
     eventually,
     own_environment,
+    refused,
     running,
     script_running,
 )
@@ -51,17 +57,19 @@ class HighWater:
 
 
 def test_58_an_entry_over_the_budget_is_refused_before_a_byte_of_it_is_kept() -> None:
-    """48 MiB for a daemon of 4 MiB: it refuses, grows by next to nothing, and the user has put,
-    get and fetch from the cache in his own process; the daemon stays in use for what fits."""
+    """48 MiB for a daemon of 4 MiB: it refuses, by pipe and by stream, counts that, and grows by
+    next to nothing. The user has put, get and fetch from the cache in his own process; the daemon
+    stays in use for what fits."""
     data = os.urandom(48 * MIB)
     digest = hashlib.sha256(data).hexdigest()
     with running(options=("--memory-size-mb", "4")) as daemon, bystander(daemon.directory) as other:
         settings = Settings(socket_dir=daemon.directory, connect_timeout_ms=20_000)
         with dgcache.open(settings) as cache, Client(daemon.directory) as client:
             cache.put("b", "p", b"connected")
-            refused, high_water = client.status().store.refused_stores, HighWater(daemon)
+            counted, high_water = client.status().store.refused_stores, HighWater(daemon)
             with other.undisturbed():
                 assert cache.put("b", "p", data) == digest
+                assert client.status().store.refused_stores == counted + 1
                 with cache.get("b", "p", digest) as reference:
                     assert (reference.source, reference.read()) == ("memory", data)
                 with cache.get_or_fetch("b", "q", digest, lambda: data) as reference:
@@ -69,15 +77,22 @@ def test_58_an_entry_over_the_budget_is_refused_before_a_byte_of_it_is_kept() ->
                 with cache.get("b", "p", cache.put("b", "p", b"small")) as reference:
                     assert reference.source == "dg-cached"
                 assert cache.backend == "dg-cached"
+                counted = client.status().store.refused_stores
+                with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                    client.begin(len(data))
+                begin = pb.WriteBegin(deltaspace=SPACE, size=len(data))
+                with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+                    client.stub.Write(iter([pb.WriteRequest(begin=begin)]), timeout=SECONDS)
+                assert client.status().store.refused_stores == counted + 2
             print("rose by", high_water.rose_bytes() >> 10, "KiB")
             assert high_water.rose_bytes() < 8 * MIB
-            assert client.status().store.refused_stores >= refused
             assert client.status().store.reserved_bytes == 0
 
 
-# Stores references of a mebibyte as fast as it can, over sixteen sessions.
+# Begins a store in each of sixteen sessions and ends none, until it is told to go on; then stores
+# references of a mebibyte as fast as it can.
 STORE = """
-import queue
+import collections, json, queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import grpc
@@ -89,6 +104,14 @@ for _ in range(16):
     clients.put(Client(directory))
 print("ready", flush=True)
 sys.stdin.readline()
+def begin(_):
+    client = clients.get()
+    try:
+        return client, *client.begin(1)
+    except grpc.RpcError as error:
+        return error.code().name + " " + error.details()
+    finally:
+        clients.put(client)
 def store(one):
     client = clients.get()
     try:
@@ -99,17 +122,36 @@ def store(one):
         clients.put(client)
     return "stored"
 with ThreadPoolExecutor(16) as threads:
+    begun = list(threads.map(begin, range(16)))
+    told = collections.Counter(one for one in begun if isinstance(one, str))
+    print(json.dumps([len(begun) - told.total(), told]), flush=True)
+    sys.stdin.readline()
+    for client, request_id, write_end in (one for one in begun if not isinstance(one, str)):
+        os.write(write_end, b"x")
+        os.close(write_end)
+        client.commit(request_id)
     outcomes = list(threads.map(store, range(125)))
 print(*(f"{outcome}={outcomes.count(outcome)}" for outcome in sorted(set(outcomes))), flush=True)
 """
 BUDGET_MIB = 48
+IN_PROGRESS = "RESOURCE_EXHAUSTED 32 stores are in progress, more are not admitted"
+
+
+def admitted_and_refused(writer: "subprocess.Popen[str]") -> "tuple[int, Counter[str]]":
+    """Return how many of its first stores a process holds, and what it was told of the others."""
+    assert writer.stdout is not None
+    admitted, told = json.loads(writer.stdout.readline())
+    return admitted, Counter(told)
 
 
 def test_59_a_thousand_stores_at_once_never_exceed_the_budget() -> None:
-    """Eight processes with 125 each, over 128 sessions, for a budget of 48: some are refused, none
-    fails otherwise, and neither Status nor the kernel ever saw more than the budget."""
+    """Eight processes with 125 each, over 128 sessions, for a budget of 48: none fails other than
+    by a refusal, and neither Status nor the kernel ever saw more than the budget. Of 128 that are
+    begun and held, 32 are admitted and 96 refused, each with the limit's own words."""
     with (
-        running(options=("--memory-size-mb", str(BUDGET_MIB))) as daemon,
+        running(
+            options=("--memory-size-mb", str(BUDGET_MIB)), limits={"deposit_idle_seconds": 60.0}
+        ) as daemon,
         bystander(daemon.directory) as other,
         Client(daemon.directory) as client,
         ExitStack() as stack,
@@ -124,6 +166,11 @@ def test_59_a_thousand_stores_at_once_never_exceed_the_budget() -> None:
         most_stores = most_bytes = 0
         with other.undisturbed(may_miss=True):
             high_water = HighWater(daemon)
+            for writer in writers:
+                print("begin", file=writer.stdin, flush=True)
+            held = [admitted_and_refused(writer) for writer in writers]
+            assert sum(admitted for admitted, _ in held) == client.status().stores_in_progress == 32
+            assert sum((told for _, told in held), Counter()) == {IN_PROGRESS: 96}
             for writer in writers:
                 print("go", file=writer.stdin, flush=True)
             while any(writer.poll() is None for writer in writers):

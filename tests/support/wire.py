@@ -252,6 +252,17 @@ class Client:
         assert (len(rights), flags & socket.MSG_CTRUNC) == (1, 0)
         return pb.SessionMessage.FromString(packet).descriptor, rights[0]
 
+    def _receive_for(self, request_id: int, purpose: Any) -> int:
+        """Take the descriptor of a call; those of calls whose answer was lost are closed."""
+        announced, descriptor = self.receive()
+        while announced.request_id < request_id:
+            os.close(descriptor)
+            announced, descriptor = self.receive()
+        if (announced.request_id, announced.purpose) != (request_id, purpose):
+            os.close(descriptor)
+            raise AssertionError(f"for call {request_id} there came {announced}")
+        return descriptor
+
     def lookup(self, digest: bytes, deltaspace: pb.Deltaspace = SPACE) -> int:
         """Return a handout's descriptor; the caller closes it."""
         request_id = self.next_id()
@@ -259,10 +270,7 @@ class Client:
             "Lookup",
             pb.LookupRequest(request_id=request_id, deltaspace=deltaspace, sha256=digest),
         )
-        announced, descriptor = self.receive()
-        assert announced.request_id == request_id
-        assert announced.purpose == pb.Descriptor.PURPOSE_HANDOUT
-        return descriptor
+        return self._receive_for(request_id, pb.Descriptor.PURPOSE_HANDOUT)
 
     def begin(
         self, size: int, expected: bytes = b"", deltaspace: pb.Deltaspace = SPACE
@@ -275,10 +283,7 @@ class Client:
                 request_id=request_id, deltaspace=deltaspace, size=size, expected_sha256=expected
             ),
         )
-        announced, descriptor = self.receive()
-        assert announced.request_id == request_id
-        assert announced.purpose == pb.Descriptor.PURPOSE_DEPOSIT
-        return request_id, descriptor
+        return request_id, self._receive_for(request_id, pb.Descriptor.PURPOSE_DEPOSIT)
 
     def commit(self, request_id: int) -> bytes:
         """End a store and return the digest."""
