@@ -18,6 +18,7 @@ _LIMITS = f"""\
 _WITHOUT_DEFAULT: dict[str, Any] = {
     "socket_dir": "/run/user/1000/dg-cached",
     "cache_dir": DEFAULT_CACHE_DIR,
+    "transport": "auto",
     "memory_size_mb": 512,
     "encryption_key_file": "~/.config/dg-cached/key",
 }

@@ -7,6 +7,7 @@ The decision imports neither grpc nor protobuf: protobuf comes with the first by
 import itertools
 import os
 import select
+import shlex
 import socket
 import stat
 import struct
@@ -250,8 +251,6 @@ def _require_own_socket(path: Path, directory_fd: int) -> None:
         return  # the first call fails
     if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
         return
-    import shlex
-
     if not stat.S_ISSOCK(status.st_mode):
         raise CacheRefusedError(f"{path} is no socket: remove it with rm {shlex.quote(str(path))}")
     raise CacheRefusedError(

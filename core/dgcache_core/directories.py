@@ -10,6 +10,7 @@ is root's in a user namespace that does not know root.
 
 import errno
 import os
+import shlex
 import stat
 from collections import deque
 from pathlib import Path
@@ -216,7 +217,7 @@ def _vet_file(
     place: Path,
     forbidden_mode: int,
 ) -> None:
-    quoted, own_uid = _quoted(str(path)), os.geteuid()
+    quoted, own_uid = shlex.quote(str(path)), os.geteuid()
     if not stat.S_ISREG(status.st_mode):
         raise CacheRefusedError(f"{path} is not a regular file: put one in its place")
     if not is_file_of_root_or_me(status.st_uid, place):
@@ -227,7 +228,7 @@ def _vet_file(
     if directory.st_mode & 0o022:  # sticky or not: others could put a file there, or a link
         raise CacheRefusedError(
             f"the directory of {path} can be written by others: "
-            f"run chmod go-w {_quoted(str(path.parent))}"
+            f"run chmod go-w {shlex.quote(str(path.parent))}"
         )
     mode = stat.S_IMODE(status.st_mode)
     if mode & forbidden_mode:
@@ -242,13 +243,13 @@ def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:
     if not is_mine(uid):
         raise CacheRefusedError(
             f"{path} belongs to {owner_name(uid)}, not to uid {own_uid}: "
-            f"run sudo chown {own_uid} {_quoted(str(path))}"
+            f"run sudo chown {own_uid} {shlex.quote(str(path))}"
         )
     if mode != PRIVATE_MODE:
         # GNU chmod leaves a directory's set-id bits alone unless the mode has five digits
         digits = "00700" if mode & 0o6000 else "0700"
         raise CacheRefusedError(
-            f"{path} has mode {mode:04o}, not 0700: run chmod {digits} {_quoted(str(path))}"
+            f"{path} has mode {mode:04o}, not 0700: run chmod {digits} {shlex.quote(str(path))}"
         )
     try:
         os.getxattr(f"/proc/self/fd/{node}", "system.posix_acl_default")
@@ -256,14 +257,8 @@ def _vet_own(node: int, path: Path, uid: int, mode: int) -> None:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return
         raise
-    raise CacheRefusedError(f"{path} has a default ACL: run setfacl -k {_quoted(str(path))}")
+    raise CacheRefusedError(f"{path} has a default ACL: run setfacl -k {shlex.quote(str(path))}")
 
 
 def _remove(path: Path) -> str:
-    return f"remove it with rm {_quoted(str(path))}"
-
-
-def _quoted(text: str) -> str:
-    import shlex  # only to complain
-
-    return shlex.quote(text)
+    return f"remove it with rm {shlex.quote(str(path))}"

@@ -34,7 +34,7 @@ pytestmark = [
 _CLIENT = """
 import hashlib, json, logging
 from pathlib import Path
-import grpc, dgcache, dgcache.local, dgcache.remote
+import dgcache, dgcache.local, dgcache.grpc_transport, dgcache.remote
 become(int(sys.argv[1]))
 os.environ.update(json.loads(sys.argv[2]))
 said = []
@@ -281,7 +281,7 @@ def test_15_a_swap_race_never_gives_a_bad_directory(sticky: Path, attacker: int)
 
 # A host of its own: a mount namespace with another machine-id over /etc/machine-id.
 _HOST = """
-import dgcache, dgcache.local, dgcache.remote, grpc, json, time
+import dgcache, dgcache.local, dgcache.grpc_transport, dgcache.remote, json, time
 import asyncinotify, dgcached.main, dgcached.server, dgcached.logs, dgcache.launcher
 from pathlib import Path
 from dgcache_proto.v1 import dgcache_pb2, dgcache_pb2_grpc

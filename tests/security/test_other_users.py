@@ -367,7 +367,7 @@ def test_05a_the_own_user_is_served_from_his_namespace(
 USES_THE_CACHE = """
 import hashlib, json, logging
 from pathlib import Path
-import grpc, dgcache, dgcache.local, dgcache.remote
+import dgcache, dgcache.local, dgcache.grpc_transport, dgcache.remote
 from dgcache_proto.v1 import dgcache_pb2, dgcache_pb2_grpc
 said = []
 handler = logging.Handler()
