@@ -36,7 +36,7 @@ def test_55_no_key_meets_a_nonce_twice_in_100_000_stores() -> None:
 
 
 def _encryptions(stores: int) -> tuple[set[bytes], int]:
-    """Return a hash of each pair of key and nonce of so many stores, and the times of encrypting."""
+    """Return a hash of each pair of key and nonce that so many stores use, and their number."""
     seal, pairs, times = aead._encrypt_into, set(), 0
 
     def noted(
