@@ -49,7 +49,8 @@ class Sealing:
             raise InvalidReferenceError("a store is filled once")
         self._started = True
         hashing: Future[None] | None = None
-        with self._scratch.borrow() as one, self._scratch.borrow() as other:
+        most = max(1, min(self.frame.size, CHUNK_BYTES))  # one, to see that nothing more comes
+        with self._scratch.borrow(most) as one, self._scratch.borrow(most) as other:
             try:
                 for index in range(self.frame.chunks):
                     _, length = self.frame.plain_span(index)
