@@ -106,7 +106,8 @@ class Sealing:
         self._started = True
         with ExitStack() as stack:
             count = min(BUFFERS, self.frame.chunks)
-            buffers = [stack.enter_context(self._scratch.borrow()) for _ in range(count)]
+            most = max(1, min(self.frame.size, CHUNK_BYTES))  # one, to see that nothing more comes
+            buffers = [stack.enter_context(self._scratch.borrow(most)) for _ in range(count)]
             stack.callback(self._hashing.wait, 0)  # before the buffers are wiped and given back
             for index in range(self.frame.chunks):
                 _, length = self.frame.plain_span(index)

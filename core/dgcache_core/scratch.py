@@ -22,16 +22,22 @@ class ScratchPool:
         self._lock = threading.Lock()
 
     @contextmanager
-    def borrow(self) -> Iterator[memoryview]:
-        """Lend a writable buffer of `buffer_bytes`; it is wiped when the block ends."""
+    def borrow(self, most_bytes: int | None = None) -> Iterator[memoryview]:
+        """Lend a writable buffer, which is wiped when the block ends.
+
+        Args:
+            most_bytes: what is lent and wiped of it; by default all of `buffer_bytes`.
+        """
         with self._lock:
             buffer = self._idle.pop() if self._idle else self._fresh()
-        view = memoryview(buffer)
+        with memoryview(buffer) as whole:
+            view = whole[:most_bytes]
+        lent_bytes = len(view)
         try:
             yield view
         finally:
             view.release()
-            self._wipe(buffer)
+            self._wipe(buffer, lent_bytes)
             self._take_back(buffer)
 
     def close(self) -> None:
@@ -53,9 +59,9 @@ class ScratchPool:
             raise CacheFullError("the system has no memory for a buffer left") from error
         return buffer
 
-    def _wipe(self, buffer: mmap.mmap) -> None:
+    def _wipe(self, buffer: mmap.mmap, lent_bytes: int) -> None:
         anchor = ctypes.c_char.from_buffer(buffer)
         try:
-            ctypes.memset(ctypes.addressof(anchor), 0, self._buffer_bytes)
+            ctypes.memset(ctypes.addressof(anchor), 0, lent_bytes)
         finally:
             del anchor

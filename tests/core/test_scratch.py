@@ -27,6 +27,17 @@ def test_a_buffer_is_zero_when_it_is_given_back() -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("lent", [0, 1, SIZE - 1, SIZE])
+def test_of_a_part_that_is_lent_all_is_zero_again(lent: int) -> None:
+    """Nobody can write behind it, so nothing else needs to be wiped."""
+    pool = ScratchPool(SIZE, keep=2)
+    with pool.borrow(lent) as buffer:
+        assert len(buffer) == lent
+        buffer[:] = b"\xff" * lent
+    assert idle_bytes(pool) == [bytes(SIZE)]
+    pool.close()
+
+
 def test_a_buffer_is_zero_also_after_an_error() -> None:
     """An exception in the block does not leave plaintext behind."""
     pool = ScratchPool(SIZE, keep=2)

@@ -263,8 +263,10 @@ def test_a_store_waits_for_what_leaves_anyway(
         eventually(lambda: tiers.memory._opened._waiters)  # type: ignore[attr-defined]
         gate.open.set()
         assert limiting.result(20) == Freed(1, SEALED)
-        assert {one.result(20) for one in stores} == set(tiers.in_memory())
-    assert len(tiers.on_disk()) == 3
+        stored = {one.result(20) for one in stores}
+    kept = set(tiers.in_memory()) | set(tiers.on_disk())  # the one that ended first may leave again
+    assert stored < kept
+    assert len(kept) == 3 + 3
 
 
 def test_a_lookup_of_what_is_being_written_is_a_hit(tiers: Tiers) -> None:

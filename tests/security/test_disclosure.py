@@ -299,8 +299,10 @@ def test_51_the_search_finds_what_is_there(short_directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def talkative() -> Iterator[Daemon]:
-    """A daemon that logs every detail."""
-    with running(options=("--memory-size-mb", "64", "--verbose")) as daemon:
+    """A daemon that logs every detail, and whose keys root can read."""
+    prefix = refusing(MEMFD_SECRET) if os.geteuid() == 0 else ()
+    options = ("--memory-size-mb", "64", "--verbose")
+    with running(options=options, prefix=prefix) as daemon:
         yield daemon
 
 
@@ -329,6 +331,9 @@ def test_52_a_busy_run_tells_no_secret(talkative: Daemon) -> None:
         said += [text_format.MessageToString(client.call("List", pb.ListRequest()), as_utf8=True)]
         said += [str(error.details()) for error in mismatch + stranger + invalid]
         secret = [client.hello.session_id.hex(), other.hello.session_id.hex(), payload.decode()]
+        if os.geteuid() == 0:
+            (key,) = keys_of(talkative.pid)
+            secret += [key.hex(), base64.b64encode(key).decode(), repr(key)[2:-1]]
     said += [talkative.logged()]
     assert "session-ended" in said[-1]
     for text in said:

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -24,9 +26,17 @@ _STORES = 100_000
 _YEAR = 365 * 86_400
 
 
-def test_55_no_key_meets_a_nonce_twice_in_100_000_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_55_no_key_meets_a_nonce_twice_in_100_000_stores() -> None:
     """Through the store that serves, with room for few, so that every slot is used again and again;
-    every encryption there is is noted, that of the seal too."""
+    every encryption there is is noted, that of the seal too. Two processes have a half each, as two
+    lives of a daemon would, and share no pair either."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as lives:
+        (one, times), (other, further) = lives.map(_encryptions, [_STORES // 2] * 2)
+    assert times + further == len(one | other) == 2 * _STORES
+
+
+def _encryptions(stores: int) -> tuple[set[bytes], int]:
+    """Return a hash of each pair of key and nonce that so many stores use, and their number."""
     seal, pairs, times = aead._encrypt_into, set(), 0
 
     def noted(
@@ -37,18 +47,16 @@ def test_55_no_key_meets_a_nonce_twice_in_100_000_stores(monkeypatch: pytest.Mon
         pairs.add(hashlib.blake2b(bytes(key) + nonce, digest_size=16).digest())
         seal(key, nonce, plain, associated, out)
 
-    monkeypatch.setattr(aead, "_encrypt_into", noted)
+    aead._encrypt_into = noted  # in this process, which ends with this
     space, data = Deltaspace("b", "p"), bytearray(8)
     store = MemoryStore(1 << 20, 1000, may_fork=True, max_entries=32)
-    try:
-        for number in range(_STORES):
-            data[:] = (number % 1000).to_bytes(8, "big")  # the same content again, too
-            with store.begin(len(data), space) as ingest:
-                ingest.fill(io.BytesIO(data).readinto)
-                ingest.commit()
-    finally:
-        store.close()
-    assert times == len(pairs) == 2 * _STORES
+    for number in range(stores):
+        data[:] = (number % 1000).to_bytes(8, "big")  # the same content again, too
+        with store.begin(len(data), space) as ingest:
+            ingest.fill(io.BytesIO(data).readinto)
+            ingest.commit()
+    store.close()
+    return pairs, times
 
 
 @as_root
