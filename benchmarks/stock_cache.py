@@ -23,8 +23,10 @@ _BUCKET, _PREFIX = "bench", "app"
 def main() -> int:
     """Answer until standard input ends."""
     logging.disable()
-    hasher: Any = Sha256Adapter
-    cache = EncryptedCache.from_env(ContentAddressedCache(Path(sys.argv[1]), hasher()))
+    hasher: Any = Sha256Adapter  # DeltaGlider's classes say nothing of their types
+    files: Any = ContentAddressedCache
+    stock: Any = EncryptedCache
+    cache = stock.from_env(files(Path(sys.argv[1]), hasher()))
     calls = {
         "write": lambda argument: cache.write_ref(_BUCKET, _PREFIX, Path(argument)),
         "read": lambda argument: cache.get_validated_ref(_BUCKET, _PREFIX, argument),
