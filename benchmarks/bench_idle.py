@@ -15,7 +15,8 @@ SETTLE_SECONDS = 2.0
 
 
 def wakeups(pid: int, seconds: float) -> Counter[str]:
-    """Return how often each kind of thread, by name, woke up a second; for that long."""
+    """Return how often each kind of thread, by name, woke up in that time."""
+    time.sleep(SETTLE_SECONDS)  # what the last call began has ended
     before = dict(_switches(pid))
     time.sleep(seconds)  # the measurement is of this time
     woken: Counter[str] = Counter()
@@ -24,7 +25,7 @@ def wakeups(pid: int, seconds: float) -> Counter[str]:
     return Counter({name: count for name, count in woken.items() if count})
 
 
-def figures(what: str, woken: Counter[str], seconds: float, at_most: float) -> list[Figure]:
+def wakeup_figures(what: str, woken: Counter[str], seconds: float, at_most: float) -> list[Figure]:
     """Return the sum, held to a target, and each kind of thread."""
     total = Figure(f"{what}, wake-ups a second", woken.total() / seconds, "/s", at_most=at_most)
     parts = [

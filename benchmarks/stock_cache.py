@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def main() -> int:
     hasher: Any = Sha256Adapter  # DeltaGlider's classes say nothing of their types
     files: Any = ContentAddressedCache
     stock: Any = EncryptedCache
-    cache = stock.from_env(files(Path(sys.argv[1]), hasher()))
-    calls = {
+    cache: Any = stock.from_env(files(Path(sys.argv[1]), hasher()))
+    calls: dict[str, Callable[[str], Any]] = {
         "write": lambda argument: cache.write_ref(_BUCKET, _PREFIX, Path(argument)),
         "read": lambda argument: cache.get_validated_ref(_BUCKET, _PREFIX, argument),
         "clear": lambda _: cache.clear(),
