@@ -1,11 +1,11 @@
-"""What `make bench` compares and how it counts: every peer is real, and no step of a sum is lost."""
+"""What `make bench` compares and how it counts: every peer is real, no step of a sum is lost."""
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from benchmarks.bench_budget import Step, _steps_of
 from benchmarks.bench_charts import draw
 from benchmarks.bench_figures import Chart, Figure, Group, Panel, load, save
@@ -14,6 +14,7 @@ from benchmarks.bench_report import Chapter, Run, document
 from benchmarks.peers import PEERS, Peer
 from benchmarks.testbed import ROOT
 from benchmarks.trace_marks import Mark, Marks, both
+
 from dgcache_core.errors import CacheError
 
 DELTAGLIDER = ROOT / ".venv-deltaglider" / "bin" / "python"
@@ -79,7 +80,7 @@ def test_the_same_figures_draw_the_same_chart(tmp_path: Path) -> None:
 
 
 def test_the_steps_of_a_lookup_add_up_to_all_of_it() -> None:
-    """Marks that belong to no step lie within one; a lookup without one of the marks is left out."""
+    """Marks of no step lie within one; a lookup that lacks a mark is left out."""
     trace = [
         Mark(at, name)
         for at, name in [(0, "get"), (1000, "in"), (1500, "ping"), (4000, "out"), (9000, "done")]
@@ -90,15 +91,15 @@ def test_the_steps_of_a_lookup_add_up_to_all_of_it() -> None:
 
 
 def test_marks_of_two_processes_stand_in_one_order(tmp_path: Path) -> None:
-    """Both map the same ring; a wrapped function is marked before and after, also when it raises."""
+    """Both map one ring; a wrapped function is marked before and after, also when it raises."""
 
     class Owner:
         def work(self) -> None:
-            raise ValueError
+            raise ValueError("on purpose")
 
     writer, reader = (Marks(tmp_path / "ring", both("work")) for _ in range(2))
     writer.around(Owner, "work", "work")
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="on purpose"):
         Owner().work()
     taken = reader.taken()
     assert [mark.name for mark in taken] == ["work", "work, done"]
@@ -109,8 +110,6 @@ def test_marks_of_two_processes_stand_in_one_order(tmp_path: Path) -> None:
 
 def test_wakeups_of_all_threads_are_held_to_the_target() -> None:
     """The sum a second, and each kind of thread for itself."""
-    from collections import Counter
-
     total, *parts = wakeup_figures("empty", Counter({"timer": 10, "pool": 5}), 10, at_most=1.0)
     assert (total.value, total.met) == (1.5, False)
     assert [part.value for part in parts] == [1.0, 0.5]
