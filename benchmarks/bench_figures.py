@@ -122,6 +122,8 @@ def shown(value: float, unit: str) -> str:
     """Return a value as people read it: three digits, then its unit."""
     if unit == "x":
         return f"{value:.2f}x"
+    if math.isinf(value):
+        return f"no {unit} measured"
     digits = f"{value:.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
     return f"{digits} {unit}".strip()
 
@@ -139,6 +141,31 @@ def percentile(samples: Sequence[float], share: float) -> float:
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Divide what was measured one after the other, pair by pair."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def break_even(ours: Line, theirs: Line) -> float | None:
+    """Return the size from which on ours takes no longer; None where it never does.
+
+    Between two measured sizes both are taken as straight on logarithmic scales. Where ours is
+    faster at every size, it is the smallest that was measured.
+    """
+    logs = [
+        (math.log(x), math.log(mine / other))
+        for (x, mine), (_, other) in zip(ours, theirs, strict=True)
+    ]
+    behind = [number for number, (_, slower) in enumerate(logs) if slower > 0]
+    if not behind:
+        return ours[0][0]
+    if behind[-1] == len(logs) - 1:
+        return None
+    (x, above), (beyond, below) = logs[behind[-1]], logs[behind[-1] + 1]
+    return math.exp(x + (beyond - x) * above / (above - below))
+
+
+def pays_from(name: str, ours: Line, theirs: Line) -> Figure:
+    """Return the break-even as a figure, in MB; infinite where there is none."""
+    size = break_even(ours, theirs)
+    return Figure(f"{name}, pays from", math.inf if size is None else size, "MB")
 
 
 def milliseconds(work: Callable[[], object]) -> float:

@@ -6,14 +6,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 
 from benchmarks.bench_beside import excess
 from benchmarks.bench_deltaglider import Contender, downloads
 from benchmarks.bench_figures import (
     MEGABYTE,
+    Chart,
     Figure,
     Group,
+    Line,
+    Panel,
     of,
+    pays_from,
     resident_megabytes,
 )
 from benchmarks.bench_idle import SETTLE_SECONDS, wakeup_figures, wakeups
@@ -88,21 +93,50 @@ def deltaglider_chapter(site: Site, here: Path, theirs: Path) -> Chapter:
         }
         first = benches["dg-cached"]
         groups = []
+        times: dict[str, list[tuple[float, float]]] = {}
         for size in site.plan.downloads_mb:
             prefix = f"app-{size}"
             best = Way("reference on tmpfs", prefix, _tmpfs_command(theirs, tmpfs))
             through = Way("dg-cached", prefix, (str(theirs / "dg-cache"), "deltaglider"))
+            stock = Way("stock", prefix, (str(theirs / "deltaglider"),))
+            contenders = [
+                Contender("stock", first, stock),
+                *(Contender(name, bench, through) for name, bench in benches.items()),
+                Contender(best.name, first, best),
+            ]
             groups.append(
                 downloads(
-                    Contender("stock", first, Way("stock", prefix, (str(theirs / "deltaglider"),))),
-                    [Contender(name, bench, through) for name, bench in benches.items()],
-                    Contender(best.name, first, best),
+                    contenders[0],
+                    contenders[1:-1],
+                    contenders[-1],
                     size,
                     site.plan.download_rounds,
                     step=site.show.step,
                 )
             )
+            for one in contenders:
+                times.setdefault(one.name, []).append((float(size), median(one.seconds)))
+    if len(site.plan.downloads_mb) > 1:
+        groups.append(_break_even({name: sorted(line) for name, line in times.items()}))
     return Chapter("DeltaGlider 6.2.0", None, groups)
+
+
+def _break_even(times: Mapping[str, Line]) -> Group:
+    chart = Chart(
+        "downloads",
+        "deltaglider cp, one warm download, whole processes: less is better",
+        "size of the archive in MB",
+        "s",
+        [Panel("", dict(times))],
+    )
+    return Group(
+        "from which size the daemon pays",
+        "the size from which a whole `dg-cache deltaglider cp` takes no longer than stock's, "
+        "between the sizes above, from an S3 server on loopback without a limit on its speed: any real "
+        "network moves it down",
+        [pays_from("dg-cached against stock", times["dg-cached"], times["stock"])],
+        [chart],
+    )
 
 
 def compare_implementations(site: Site, here: Path, theirs: Path, document: Path) -> None:

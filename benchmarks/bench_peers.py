@@ -13,9 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 from benchmarks.bench_daemon import connected, get, unheld_lookup
-from benchmarks.bench_figures import MEGABYTE, Chart, Figure, Group, Panel, of, ratios, save
+from benchmarks.bench_figures import (
+    MEGABYTE,
+    Chart,
+    Figure,
+    Group,
+    Panel,
+    of,
+    pays_from,
+    ratios,
+    save,
+)
 from benchmarks.bench_store import FLOOR, parse, write_memory_file
 from benchmarks.peers import PEERS, UNCHECKED, Peer, PeerContender
 from benchmarks.servers import memcached_program, redis_program
@@ -122,22 +133,21 @@ def _group(took: dict[int, dict[str, list[float]]], absent: Sequence[tuple[Peer,
     for size, samples in took.items():
         figures += _figures(f"{size} MB", samples)
     names = next(iter(took.values()))
+    lines = {
+        name: [(float(size), median(samples[name])) for size, samples in took.items()]
+        for name in names
+    }
+    figures += [
+        pays_from(f"dg-cached against {name}", lines[_OURS], line)
+        for name, line in lines.items()
+        if name not in (_OURS, _FLOOR)
+    ]
     chart = Chart(
         "get",
         "A get of what nobody holds, with full validation: less is better",
         "size in MB",
         "ms",
-        [
-            Panel(
-                "",
-                {
-                    name: [
-                        (size, of("", samples[name], "").value) for size, samples in took.items()
-                    ]
-                    for name in names
-                },
-            )
-        ],
+        [Panel("", lines)],
     )
     return Group("get, beside its peers", _how(absent), figures, charts=[chart])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.bench_budget import Step, _steps_of
 from benchmarks.bench_charts import draw
-from benchmarks.bench_figures import Chart, Figure, Group, Panel, load, save
+from benchmarks.bench_figures import Chart, Figure, Group, Panel, break_even, load, save
 from benchmarks.bench_idle import wakeup_figures
 from benchmarks.bench_report import Chapter, Run, document
 from benchmarks.peers import PEERS, Peer
@@ -106,6 +106,19 @@ def test_marks_of_two_processes_stand_in_one_order(tmp_path: Path) -> None:
     assert taken[0].at <= taken[1].at
     reader.forget()
     assert writer.taken() == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "pays"),
+    [((5, 5, 5), 1.0), ((20, 5, 5), 3.162), ((20, 20, 20), None), ((5, 20, 5), 31.62)],
+)
+def test_the_break_even_is_the_size_from_which_on_ours_is_no_slower(
+    ours: tuple[float, ...], pays: float | None
+) -> None:
+    """It lies where the lines cross last, on logarithmic scales; there may be none."""
+    sizes = (1, 10, 100)
+    found = break_even(list(zip(sizes, ours, strict=True)), [(size, 10) for size in sizes])
+    assert found == (None if pays is None else pytest.approx(pays, rel=1e-3))
 
 
 def test_wakeups_of_all_threads_are_held_to_the_target() -> None:
