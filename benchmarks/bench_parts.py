@@ -132,8 +132,8 @@ def _break_even(times: Mapping[str, Line]) -> Group:
     return Group(
         "from which size the daemon pays",
         "the size from which a whole `dg-cache deltaglider cp` takes no longer than stock's, "
-        "between the sizes above, from an S3 server on loopback without a limit on its speed: any real "
-        "network moves it down",
+        "between the sizes above, from an S3 server on loopback without a limit on its speed: any "
+        "real network moves it down",
         [pays_from("dg-cached against stock", times["dg-cached"], times["stock"])],
         [chart],
     )
