@@ -54,13 +54,13 @@ QUICK = Plan(
     rounds=1,
     largest_mb=100,
     downloads_mb=(100,),
-    download_rounds=2,
-    idle_seconds=3,
+    download_rounds=1,
+    idle_seconds=2,
     complete=False,
 )
 _LEFT_OUT = (
-    "This was a quick run: few rounds, no 500 MB, neither DeltaGlider's cryptography nor other "
-    "implementations; `make bench` measures all."
+    "This was a quick run: few rounds, no 500 MB, neither the store alone nor DeltaGlider's "
+    "cryptography nor other implementations; `make bench` measures all."
 )
 _NEEDED_BYTES = 6 << 30
 _STEPS_OF_A_CHAPTER = 9

@@ -62,9 +62,10 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
         ]
     with site.show.step("a budget of one lookup"):
         groups += site.figures(nowhere, programs, "bench_budget")[1]
-    with site.show.step("the store, in one process"):
-        few = max(1, site.rounds // 2)
-        groups += site.figures(nowhere, programs, "bench_store", rounds=few)[1]
+    if site.plan.complete:
+        with site.show.step("the store, in one process"):
+            few = max(1, site.rounds // 2)
+            groups += site.figures(nowhere, programs, "bench_store", rounds=few)[1]
     return Chapter(f"cryptography {versions.cryptography}", versions, groups)
 
 
