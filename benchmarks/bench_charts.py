@@ -56,10 +56,13 @@ def _curve(axes: "Axes", number: int, name: str, line: Line) -> None:
 
 
 def _ticks(axes: "Axes", values: list[float]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(linewidth=0.4)
     axes.set_axisbelow(True)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.bench_budget import Step, _steps_of
@@ -15,7 +16,7 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.testbed import ROOT
 from benchmarks.trace_marks import Mark, Marks, both
 
-from dgcache_core.errors import CacheError
+from dgcache_core.errors import CacheCorruptionError, CacheError
 
 DELTAGLIDER = ROOT / ".venv-deltaglider" / "bin" / "python"
 CHART = Chart("one", "One", "MB", "ms", [Panel("left", {"dg-cached": [(1, 2.0), (10, 3.0)]})])
@@ -46,6 +47,23 @@ def test_a_peer_gives_back_what_was_written(peer: Peer, short_directory: Path) -
         if peer.name != "DeltaGlider 6.2.0":  # its cache ends its program then
             with pytest.raises((CacheError, OSError)):
                 contender.get(sha256)
+
+
+@pytest.mark.parametrize("name", ["Redis", "Redis, unchecked"])
+def test_the_check_that_is_counted_is_made(name: str, short_directory: Path) -> None:
+    """Other bytes under a digest are refused by the one and handed out by the other."""
+    peer = next(one for one in PEERS if one.name == name)
+    if (command := peer.missing()) is not None:
+        pytest.skip(f"{name} is not installed: {command}")
+    sha256 = hashlib.sha256(b"right").hexdigest()
+    with peer.opened(short_directory, DELTAGLIDER) as contender:
+        served: Any = contender
+        served.contender._client.set(sha256, b"wrong")
+        if name == "Redis":
+            with pytest.raises(CacheCorruptionError, match="SHA mismatch"):
+                contender.get(sha256)
+        else:
+            assert contender.digest(sha256) == hashlib.sha256(b"wrong").hexdigest()
 
 
 def test_what_was_measured_survives_the_way_between_processes(tmp_path: Path) -> None:
