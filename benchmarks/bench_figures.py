@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -75,6 +75,29 @@ class Figure:
         return f"{share} %" if target else shown(off, self.unit)
 
 
+Line = list[tuple[float, float]]
+"""Points of a curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One part of a chart: curves by name, on logarithmic scales."""
+
+    title: str
+    lines: dict[str, Line]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves, drawn into performance-`name`.svg."""
+
+    name: str
+    title: str
+    across: str
+    up: str
+    panels: list[Panel]
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Figures that were measured together, and how."""
@@ -82,6 +105,7 @@ class Group:
     title: str
     how: str
     figures: list[Figure] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +115,15 @@ class Versions:
     python: str
     cryptography: str
     grpcio: str
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def shown(value: float, unit: str) -> str:
     """Return a value as people read it: three digits, then its unit."""
     if unit == "x":
         return f"{value:.2f}x"
+    if math.isinf(value):
+        return f"no {unit} measured"
     digits = f"{value:.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
     return f"{digits} {unit}".strip()
 
@@ -114,6 +141,31 @@ def percentile(samples: Sequence[float], share: float) -> float:
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Divide what was measured one after the other, pair by pair."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def break_even(ours: Line, theirs: Line) -> float | None:
+    """Return the size from which on ours takes no longer; None where it never does.
+
+    Between two measured sizes both are taken as straight on logarithmic scales. Where ours is
+    faster at every size, it is the smallest that was measured.
+    """
+    logs = [
+        (math.log(x), math.log(mine / other))
+        for (x, mine), (_, other) in zip(ours, theirs, strict=True)
+    ]
+    behind = [number for number, (_, slower) in enumerate(logs) if slower > 0]
+    if not behind:
+        return ours[0][0]
+    if behind[-1] == len(logs) - 1:
+        return None
+    (x, above), (beyond, below) = logs[behind[-1]], logs[behind[-1] + 1]
+    return math.exp(x + (beyond - x) * above / (above - below))
+
+
+def pays_from(name: str, ours: Line, theirs: Line) -> Figure:
+    """Return the break-even as a figure, in MB; infinite where there is none."""
+    size = break_even(ours, theirs)
+    return Figure(f"{name}, pays from", math.inf if size is None else size, "MB")
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -139,17 +191,36 @@ def own_versions() -> Versions:
     return Versions(platform.python_version(), version("cryptography"), version("grpcio"))
 
 
-def save(path: Path, groups: Sequence[Group]) -> None:
-    """Write groups, and the versions of this process, for the program that started it."""
-    told = {"versions": asdict(own_versions()), "groups": [asdict(group) for group in groups]}
+def save(path: Path, groups: Sequence[Group], *, versions: dict[str, str] | None = None) -> None:
+    """Write groups, and the versions of this process, for the program that started it.
+
+    Args:
+        path: the file.
+        groups: what was measured.
+        versions: of what else was measured.
+    """
+    own = replace(own_versions(), others=versions or {})
+    told = {"versions": asdict(own), "groups": [asdict(group) for group in groups]}
     path.write_text(json.dumps(told))
 
 
 def load(path: Path) -> tuple[Versions, list[Group]]:
     """Read what `save` wrote."""
     told: dict[str, Any] = json.loads(path.read_text())
-    groups = [
-        Group(group["title"], group["how"], [Figure(**figure) for figure in group["figures"]])
-        for group in told["groups"]
+    return Versions(**told["versions"]), [_group(group) for group in told["groups"]]
+
+
+def _group(told: dict[str, Any]) -> Group:
+    figures = [Figure(**figure) for figure in told["figures"]]
+    return Group(told["title"], told["how"], figures, [_chart(one) for one in told["charts"]])
+
+
+def _chart(told: dict[str, Any]) -> Chart:
+    panels = [
+        Panel(
+            panel["title"],
+            {name: [(x, y) for x, y in line] for name, line in panel["lines"].items()},
+        )
+        for panel in told["panels"]
     ]
-    return Versions(**told["versions"]), groups
+    return Chart(told["name"], told["title"], told["across"], told["up"], panels)

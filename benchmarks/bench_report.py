@@ -1,8 +1,12 @@
-"""What was measured, as a table for the terminal and as docs/performance.md."""
+"""What was measured, as a table for the terminal and as docs/performance.md.
+
+What did not help is written by hand, in notes.md beside this module, and taken over each time.
+"""
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import ssl
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +15,11 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from benchmarks.bench_figures import Figure, Group, Versions
+from benchmarks.bench_charts import draw, file_name
+from benchmarks.bench_figures import Chart, Figure, Group, Versions
+from benchmarks.peers import PEERS
+
+NOTES = Path(__file__).with_name("notes.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +65,47 @@ def summary(chapters: Sequence[Chapter]) -> str:
     return f"{sum(map(bool, verdicts))} of {len(verdicts)} targets met."
 
 
-def document(chapters: Sequence[Chapter], rounds: int, command: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the bench."""
+
+    chapters: Sequence[Chapter]
+    rounds: int
+    command: str
+    left_out: str
+    """What this run did not measure, as a sentence; empty where it measured all."""
+    programs: dict[str, str]
+    """Versions of what was measured besides Python's packages."""
+    load_before: float
+    """Processes that wanted a processor, on average, in the minute before."""
+
+
+def write(run: Run, path: Path) -> None:
+    """Write docs/performance.md and the charts beside it."""
+    path.write_text(document(run, path))
+    for chart in _charts(run.chapters):
+        draw(chart, path.with_name(file_name(path, chart)))
+
+
+def _charts(chapters: Sequence[Chapter]) -> Iterator[Chart]:
+    for chapter in chapters:
+        for group in chapter.groups:
+            yield from group.charts
+
+
+def document(run: Run, path: Path) -> str:
     """Return docs/performance.md."""
+    chapters = run.chapters
     lines = [
         "# Performance",
         "",
-        f"Written by `{command}` on {datetime.now(UTC):%Y-%m-%d}; run it again to measure your own "
-        "machine. Nothing here is written by hand.",
+        f"Written by `{run.command}` on {datetime.now(UTC):%Y-%m-%d}; run it again to measure your "
+        "own machine. Nothing here is written by hand but what did not help, at the end, and what "
+        f"is said of the peers. {run.left_out}".rstrip(),
         "",
-        *_machine(chapters),
+        *_machine(run),
         "",
-        f"Each figure is a median; the lowest and the highest value stand beside it. {rounds} "
+        f"Each figure is a median; the lowest and the highest value stand beside it. {run.rounds} "
         "rounds; what is compared runs in turn, A B A B, and a ratio is the median of the ratios "
         "of what ran one after the other, so that a machine which is busy for a while is so for "
         "both. 1 MB is 1,000,000 bytes. All data is random.",
@@ -83,10 +121,28 @@ def document(chapters: Sequence[Chapter], rounds: int, command: str) -> str:
             f"| {figure.measured} | {_emphasised(figure)} |"
             for chapter, group, figure in judged(chapters)
         ),
+        "",
+        "## Charts",
+        *(
+            line
+            for chart in _charts(chapters)
+            for line in ("", f"![{chart.title}]({file_name(path, chart)})")
+        ),
+        "",
+        "## Peers",
+        "",
+        "A `get` goes from the digest to a path that xdelta3 can read, its bytes checked. "
+        "dg-cached authenticates every chunk with AES-256-GCM under a key of the entry, hands out "
+        "a sealed memory file that nobody can change any more, keeps ciphertext only, and answers "
+        "only its own user.",
+        "",
+        "| peer | what its get is | what it protects, and what not |",
+        "| --- | --- | --- |",
+        *(f"| {peer.name} | {peer.how} | {peer.protects} |" for peer in PEERS),
     ]
     for chapter in chapters:
         lines += ["", f"## {chapter.title}", *_chapter(chapter)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + NOTES.read_text()
 
 
 def _chapter(chapter: Chapter) -> Iterator[str]:
@@ -113,19 +169,25 @@ def _emphasised(figure: Figure) -> str:
     return f"**{figure.verdict}**" if figure.met is False else figure.verdict
 
 
-def _machine(chapters: Sequence[Chapter]) -> list[str]:
-    cryptographies = [one.versions.cryptography for one in chapters if one.versions is not None]
+def _machine(run: Run) -> list[str]:
+    versions = [one.versions for one in run.chapters if one.versions is not None]
     rows = {
         "processor": f"{_processor()}, {os.cpu_count()} logical processors",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB",
         "kernel": f"{platform.system()} {platform.release()}",
+        "load before": f"{run.load_before:.1f} processes on average in the last minute",
         "Python": platform.python_version(),
-        "cryptography": " and ".join(dict.fromkeys(cryptographies)),
-        "grpcio": " and ".join(
-            dict.fromkeys(one.versions.grpcio for one in chapters if one.versions is not None)
-        ),
+        "OpenSSL (hashlib)": ssl.OPENSSL_VERSION,
+        "cryptography": _each(one.cryptography for one in versions),
+        "grpcio": _each(one.grpcio for one in versions),
+        **{name: number for one in versions for name, number in one.others.items()},
+        **run.programs,
     }
     return ["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())]
+
+
+def _each(names: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(names))
 
 
 def _processor() -> str:

@@ -34,16 +34,17 @@ _BUDGET_BYTES = 2048 << 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the figures."""
     arguments = parse(argv, "Measure the store in this process.")
-    data = memoryview(os.urandom(max(SIZES_MB) * MEGABYTE))
-    groups = [lookups(data, arguments.rounds), stores(data, arguments.rounds)]
-    save(arguments.out, [*groups, disk_hits(data, arguments.rounds)])
+    sizes, rounds = arguments.sizes, arguments.rounds
+    data = memoryview(os.urandom(max(sizes) * MEGABYTE))
+    groups = [lookups(data, sizes, rounds), stores(data, rounds), disk_hits(data, sizes, rounds)]
+    save(arguments.out, groups)
     return 0
 
 
-def lookups(data: memoryview, rounds: int) -> Group:
+def lookups(data: memoryview, sizes: Sequence[int], rounds: int) -> Group:
     """Measure `MemoryStore.lookup` against the floor."""
     figures = []
-    for size in SIZES_MB:
+    for size in sizes:
         with _store() as store:
             view = data[: size * MEGABYTE]
             sha256 = _put(store, view)
@@ -80,10 +81,10 @@ def stores(data: memoryview, rounds: int) -> Group:
     )
 
 
-def disk_hits(data: memoryview, rounds: int) -> Group:
+def disk_hits(data: memoryview, sizes: Sequence[int], rounds: int) -> Group:
     """Measure lookups that memory answers, and lookups that bring the reference back from disk."""
     figures = []
-    for size in SIZES_MB[:-1]:
+    for size in [size for size in sizes if size < max(SIZES_MB)]:
         with _tiers() as store:
             sha256 = _put(store, data[: size * MEGABYTE])
             from_memory, from_disk = [], []
@@ -148,7 +149,12 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--rounds", type=int, default=7)
-    return parser.parse_args(argv)
+    parser.add_argument("--largest", type=int, default=max(SIZES_MB), help="of the sizes, in MB")
+    parser.add_argument("--stock", type=Path, help="a Python that has DeltaGlider 6.2.0")
+    parser.add_argument("--place", type=Path, help="a private directory for files")
+    arguments = parser.parse_args(argv)
+    arguments.sizes = [size for size in SIZES_MB if size <= arguments.largest]
+    return arguments
 
 
 @contextmanager

@@ -19,7 +19,9 @@ STOP_SECONDS = 15.0
 
 
 @contextlib.contextmanager
-def running_daemon(program: Path, *, environment: Mapping[str, str], log: Path) -> Iterator[int]:
+def running_daemon(
+    program: Path, *arguments: str, environment: Mapping[str, str], log: Path
+) -> Iterator[int]:
     """Run dg-cached, its log in `log`; yield its process id.
 
     Raises:
@@ -27,7 +29,12 @@ def running_daemon(program: Path, *, environment: Mapping[str, str], log: Path) 
     """
     with _notifications() as (listener, address), log.open("wb") as output:
         process = subprocess.Popen(
-            [*(sys.executable, "-m", "benchmarks.leash"), str(os.getpid()), str(program)],
+            [
+                *(sys.executable, "-m", "benchmarks.leash"),
+                str(os.getpid()),
+                str(program),
+                *arguments,
+            ],
             env={**environment, "NOTIFY_SOCKET": address},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,

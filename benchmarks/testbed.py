@@ -34,7 +34,7 @@ _BLOCK_BYTES = 1 << 20
 _FOREIGN_PREFIXES = ("AWS_", "DG_", "BOTO_")
 _FOREIGN_SUFFIXES = ("_PROXY",)
 # moto looks at the form of a signature and at nothing else
-_SIGNED = {
+SIGNED = {
     "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, "
     "SignedHeaders=host, Signature=0"
 }
@@ -167,7 +167,7 @@ class S3Server:
         where = urlsplit(self.url)
         connection = http.client.HTTPConnection(where.netloc, timeout=REQUEST_SECONDS)
         try:
-            connection.request(method, path, body, headers=_SIGNED)
+            connection.request(method, path, body, headers=SIGNED)
             answer = connection.getresponse()
             if answer.status >= http.HTTPStatus.BAD_REQUEST:
                 raise TestbedError(f"{method} {path}: {answer.status} {answer.read(2000)!r}")
