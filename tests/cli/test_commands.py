@@ -150,6 +150,15 @@ def test_put_and_get_give_the_same_bytes_in_every_form(shell: Shell) -> None:
     assert json.loads(other) == {"deltaspace": "b/q", "sha256": OTHER, "size": 5}
 
 
+def opens(device: Path) -> bool:
+    """Devices are none in a place that is mounted with nodev."""
+    try:
+        with device.open("wb"):
+            return True
+    except PermissionError:
+        return False
+
+
 def test_get_writes_into_what_is_no_regular_file(shell: Shell) -> None:
     """A FIFO, a device (of its own: one like /dev/null) and a link are still there afterwards."""
     shell("put", "b/p", "reference")
@@ -170,10 +179,7 @@ def test_get_writes_into_what_is_no_regular_file(shell: Shell) -> None:
     assert shell("get", "b/p", DIGEST, "-o", "/dev/stdout").stdout == DATA
     if os.geteuid() == 0:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        try:
-            shell("get", "b/p", DIGEST, "-o", device)
-        except AssertionError as error:  # a place without devices (nodev)
-            assert b"Permission denied" in error.args[0][1]
+        shell("get", "b/p", DIGEST, "-o", device, status=0 if opens(device) else 2)
         assert device.is_char_device()
 
 

@@ -118,7 +118,7 @@ def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterat
                 yield reference
         return
     with (
-        dgcache.open(Settings.from_environment().for_one_shot()) as cache,
+        dgcache.open(patient(Settings.from_environment())) as cache,
         progress("fetching", None) as advance,
         cache.get_or_fetch(
             deltaspace.bucket, deltaspace.prefix, sha256, lambda: _Fetch(fetch, advance)
