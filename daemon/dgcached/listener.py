@@ -21,6 +21,7 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
 from dgcached.accepting import Accepting
 from dgcached.control_frames import ControlFrames
+from dgcached.inner_server import InnerServer
 from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.refused_peers import RefusedPeers
@@ -37,7 +38,7 @@ class Listener:
     def __init__(
         self,
         listening: socket.socket,
-        inner_path: str,
+        inner_server: InnerServer,
         registry: Registry,
         limits: Limits,
         *,
@@ -45,7 +46,7 @@ class Listener:
         refused: RefusedPeers,
         repeated: Repeated,
     ) -> None:
-        self._inner_path = inner_path
+        self._inner_server = inner_server
         self._registry = registry
         self._limits = limits
         self._give_up = give_up
@@ -107,6 +108,7 @@ class Listener:
         self._open.discard(outer)
         if not self._open:
             self._all_closed.set()
+            self._inner_server.unused()
 
     def _admit(self, outer: "_Outer", connection: socket.socket) -> "_Inner | None":
         """Check the peer and open the inner end, or refuse."""
@@ -139,6 +141,7 @@ class Listener:
     async def _require_greetings(self) -> None:
         for _ in range(_GREETINGS_AWAITED):
             if await self._is_greeted():
+                self._inner_server.unused()
                 return
         self._give_up("the inner server accepts nobody any more")
 
@@ -146,6 +149,7 @@ class Listener:
         """Connect to the inner server, past the registry, and wait for its first byte."""
         seconds = self._limits.handshake_seconds
         try:
+            await self._inner_server.ready()
             inner = self._connect_inner(secrets.token_hex(16))
         except OSError:  # its backlog is full: it may only be busy
             await asyncio.sleep(seconds)
@@ -159,7 +163,7 @@ class Listener:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             inner.bind("\0" + name)
-            inner.connect(self._inner_path)
+            inner.connect(self._inner_server.path)
         except OSError:
             inner.close()
             raise
@@ -223,6 +227,7 @@ class _Outer(_End):
     async def _join(self, inner: "_Inner") -> None:
         loop = asyncio.get_running_loop()
         try:
+            await self._listener._inner_server.ready()
             connection = self._listener._connect_inner(inner.name)
             try:
                 await loop.create_unix_connection(lambda: inner, sock=connection)
