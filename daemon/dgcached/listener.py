@@ -30,6 +30,8 @@ from dgcached.repeated import Repeated
 
 _GREETINGS_AWAITED = 3
 """Looks, one after another, before the inner server counts as deaf."""
+_READ_BYTES = 64 << 10
+"""Read at once, in each direction of a relay."""
 
 
 class Listener:
@@ -170,19 +172,32 @@ class Listener:
         return inner
 
 
-class _End(asyncio.Protocol):
-    """One end of a relay; `other` is where its bytes go."""
+class _End(asyncio.BufferedProtocol):
+    """One end of a relay; `other` is where its bytes go.
+
+    It reads into one small buffer of its own: asyncio would allocate 256 KiB for every read, and
+    what is freed is overwritten (`heap`).
+    """
 
     transport: asyncio.Transport
     other: "_End | None" = None
     early: bytes = b""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._received(bytes(self._buffer[:nbytes]))  # the transport may keep what it is given
 
     def _hold(self, transport: asyncio.BaseTransport, buffer_bytes: int) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.pause_reading()
         self.transport.set_write_buffer_limits(high=buffer_bytes)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         if self.other is not None:
             self.other.transport.write(data)
             return
@@ -205,6 +220,7 @@ class _Outer(_End):
     """The client's end. It owns the relay."""
 
     def __init__(self, listener: Listener) -> None:
+        super().__init__()
         self._listener = listener
         self._inner: _Inner | None = None
         self._joining: asyncio.Task[None] | None = None
@@ -245,12 +261,12 @@ class _Outer(_End):
         self.transport.resume_reading()
         loop.call_later(self._listener._limits.handshake_seconds, self._end_if_silent)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         self._spoke = True
         if self._control.too_many(data):
             self._cut_off()
             return
-        super().data_received(data)
+        super()._received(data)
 
     def _cut_off(self) -> None:
         """End a flood, and carry nothing of it any further."""
@@ -295,6 +311,7 @@ class _Inner(_End):
     """The end towards the gRPC server, bound to the abstract name `name`."""
 
     def __init__(self, outer: _Outer, name: str) -> None:
+        super().__init__()
         self._outer = outer
         self.name = name
         self.greeted = False
@@ -302,9 +319,9 @@ class _Inner(_End):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._outer._listener._limits.relay_buffer_bytes)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         self.greeted = True
-        super().data_received(data)
+        super()._received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._outer.end()
