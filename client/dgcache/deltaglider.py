@@ -343,7 +343,7 @@ def _port_of(cache: ReferenceCache | None) -> ReferenceCachePort:
         return ReferenceCachePort(cache)
     if _shared_port is None:
         # a wrong setting is an error at once
-        settings = dgcache.Settings.from_environment().for_one_shot()
+        settings = dgcache.Settings.from_environment().for_one_shot().patient()
         _shared_port = ReferenceCachePort(lambda: _open_until_exit(settings))
     return _shared_port
 

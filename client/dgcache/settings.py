@@ -8,6 +8,8 @@ from typing import Any
 from dgcache_core.settings import ClientSettings, Resolved
 from dgcache_core.settings_files import read_settings
 
+_PATIENT_MS = 2000
+
 
 class Settings(ClientSettings):
     """How the cache is used; `Settings()` has the defaults and reads nothing.
@@ -40,6 +42,15 @@ class Settings(ClientSettings):
     def for_one_shot(self) -> "Settings":
         """Return the same for a process that makes few calls: its transport, unless one is set."""
         return dataclasses.replace(self, transport=self.transport or "auto")
+
+    def patient(self) -> "Settings":
+        """Return the same for somebody to whom doing without the daemon is dear, as a download is.
+
+        On a busy host a daemon that serves may not get the CPU for longer than the default; one
+        that is absent is known to be at once, so this waits at least 2 s for one that is there.
+        """
+        budget = max(_PATIENT_MS, self.connect_timeout_ms)
+        return dataclasses.replace(self, connect_timeout_ms=budget)
 
     @classmethod
     def resolved(cls, **overrides: Any) -> "Resolved[Settings]":

@@ -17,6 +17,10 @@ class Limits:
     """From accept to the first byte, and again to the end of the HTTP/2 handshake."""
     relay_buffer_bytes: int = 256 << 10
     """Buffered in each direction of a relay before its source is paused."""
+    inner_idle_seconds: float = 60.0
+    """Without a connection to rpc.sock, before the inner gRPC server stops."""
+    inner_change_seconds: float = 10.0
+    """What it has to start or to stop in; it takes milliseconds."""
     calls_per_session: int = 16
     """Calls in progress in one session; more wait. Of those that come on the session's own socket,
     twice as many may be waiting or in progress; one more ends the session."""

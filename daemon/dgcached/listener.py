@@ -21,6 +21,7 @@ from dgcache_core.errors import CacheRefusedError
 from dgcache_core.peers import require_same_user
 from dgcached.accepting import Accepting
 from dgcached.control_frames import ControlFrames
+from dgcached.inner_server import InnerServer
 from dgcached.limits import Limits
 from dgcached.logs import event
 from dgcached.refused_peers import RefusedPeers
@@ -29,6 +30,8 @@ from dgcached.repeated import Repeated
 
 _GREETINGS_AWAITED = 3
 """Looks, one after another, before the inner server counts as deaf."""
+_READ_BYTES = 64 << 10
+"""Read at once, in each direction of a relay."""
 
 
 class Listener:
@@ -37,7 +40,7 @@ class Listener:
     def __init__(
         self,
         listening: socket.socket,
-        inner_path: str,
+        inner_server: InnerServer,
         registry: Registry,
         limits: Limits,
         *,
@@ -45,7 +48,7 @@ class Listener:
         refused: RefusedPeers,
         repeated: Repeated,
     ) -> None:
-        self._inner_path = inner_path
+        self._inner_server = inner_server
         self._registry = registry
         self._limits = limits
         self._give_up = give_up
@@ -107,6 +110,7 @@ class Listener:
         self._open.discard(outer)
         if not self._open:
             self._all_closed.set()
+            self._inner_server.unused()
 
     def _admit(self, outer: "_Outer", connection: socket.socket) -> "_Inner | None":
         """Check the peer and open the inner end, or refuse."""
@@ -139,6 +143,7 @@ class Listener:
     async def _require_greetings(self) -> None:
         for _ in range(_GREETINGS_AWAITED):
             if await self._is_greeted():
+                self._inner_server.unused()
                 return
         self._give_up("the inner server accepts nobody any more")
 
@@ -146,6 +151,7 @@ class Listener:
         """Connect to the inner server, past the registry, and wait for its first byte."""
         seconds = self._limits.handshake_seconds
         try:
+            await self._inner_server.ready()
             inner = self._connect_inner(secrets.token_hex(16))
         except OSError:  # its backlog is full: it may only be busy
             await asyncio.sleep(seconds)
@@ -159,26 +165,39 @@ class Listener:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             inner.bind("\0" + name)
-            inner.connect(self._inner_path)
+            inner.connect(self._inner_server.path)
         except OSError:
             inner.close()
             raise
         return inner
 
 
-class _End(asyncio.Protocol):
-    """One end of a relay; `other` is where its bytes go."""
+class _End(asyncio.BufferedProtocol):
+    """One end of a relay; `other` is where its bytes go.
+
+    It reads into one small buffer of its own: asyncio would allocate 256 KiB for every read, and
+    what is freed is overwritten (`heap`).
+    """
 
     transport: asyncio.Transport
     other: "_End | None" = None
     early: bytes = b""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._received(bytes(self._buffer[:nbytes]))  # the transport may keep what it is given
 
     def _hold(self, transport: asyncio.BaseTransport, buffer_bytes: int) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.pause_reading()
         self.transport.set_write_buffer_limits(high=buffer_bytes)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         if self.other is not None:
             self.other.transport.write(data)
             return
@@ -201,6 +220,7 @@ class _Outer(_End):
     """The client's end. It owns the relay."""
 
     def __init__(self, listener: Listener) -> None:
+        super().__init__()
         self._listener = listener
         self._inner: _Inner | None = None
         self._joining: asyncio.Task[None] | None = None
@@ -223,6 +243,7 @@ class _Outer(_End):
     async def _join(self, inner: "_Inner") -> None:
         loop = asyncio.get_running_loop()
         try:
+            await self._listener._inner_server.ready()
             connection = self._listener._connect_inner(inner.name)
             try:
                 await loop.create_unix_connection(lambda: inner, sock=connection)
@@ -240,12 +261,12 @@ class _Outer(_End):
         self.transport.resume_reading()
         loop.call_later(self._listener._limits.handshake_seconds, self._end_if_silent)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         self._spoke = True
         if self._control.too_many(data):
             self._cut_off()
             return
-        super().data_received(data)
+        super()._received(data)
 
     def _cut_off(self) -> None:
         """End a flood, and carry nothing of it any further."""
@@ -290,6 +311,7 @@ class _Inner(_End):
     """The end towards the gRPC server, bound to the abstract name `name`."""
 
     def __init__(self, outer: _Outer, name: str) -> None:
+        super().__init__()
         self._outer = outer
         self.name = name
         self.greeted = False
@@ -297,9 +319,9 @@ class _Inner(_End):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._hold(transport, self._outer._listener._limits.relay_buffer_bytes)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         self.greeted = True
-        super().data_received(data)
+        super()._received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._outer.end()

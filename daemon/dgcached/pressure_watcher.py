@@ -1,14 +1,16 @@
 """Looks at the memory that is left and sets the store's limit by the rule in `pressure`.
 
 While the store holds something it looks when the kernel raises an alarm (PSI), and else after a
-time in which nothing can have gone wrong. Over an empty store with its whole budget it sleeps.
+time in which nothing can have gone wrong. Over an empty store with its whole budget it sleeps. The
+kernel may take its time over its figures, and giving memory back takes some, too, so this happens
+in a thread of its own, which wakes up once for a look.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from dgcache_core.store import ResidentStore
@@ -23,7 +25,7 @@ Look = Callable[[frozenset[Path]], list[Place]]
 
 
 class PressureWatcher:
-    """One task over one store."""
+    """One thread over one store."""
 
     def __init__(self, store: ResidentStore, limits: Limits, look: Look = read_places) -> None:
         """Set the kernel's alarms.
@@ -43,26 +45,28 @@ class PressureWatcher:
         self._alarms = StallAlarms(stall_files())
         self._psi = bool(self._alarms.armed)
         self._alarmed: set[Path] = set()
-        self._alarm = asyncio.Event()
-        self._used = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._alarm = threading.Event()
+        self._used = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pressure", daemon=True)
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Begin to watch."""
         self._alarms.start(self._on_alarm)
-        self._task = asyncio.create_task(self._run(), name="pressure")
+        self._thread.start()
 
     def wake(self) -> None:
         """Tell that the store handed something out or took something in."""
         self._used.set()
 
     async def stop(self) -> None:
-        """End the task."""
+        """End the thread; a look in progress ends first."""
         self._alarms.stop()
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        self._stopping = True
+        self._used.set()
+        self._alarm.set()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     def message(self) -> pb.Pressure:
         """Return what Status says about it."""
@@ -76,25 +80,26 @@ class PressureWatcher:
         )
 
     def _on_alarm(self, file: Path) -> None:
-        self._alarmed.add(file)
+        with self._lock:
+            self._alarmed.add(file)
         self._alarm.set()
 
-    async def _run(self) -> None:
-        while True:
-            await self._used.wait()
+    def _run(self) -> None:
+        while not self._stopping:
+            self._used.wait()
             self._used.clear()
-            self._alarmed.clear()  # of a time when there was nothing to give
-            while (seconds := await self._look_in_a_thread()) is not None:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(seconds):
-                        await self._alarm.wait()
+            self._take_alarmed()  # of a time when there was nothing to give
+            while not self._stopping:
+                seconds = self._look_once(self._take_alarmed())
+                if seconds is None:
+                    break
+                self._alarm.wait(seconds)
+                self._alarm.clear()  # before the next look at who raised it, and at `_stopping`
 
-    async def _look_in_a_thread(self) -> float | None:
-        """The kernel may take its time over its figures, and giving memory back takes some, too."""
-        alarmed = frozenset(self._alarmed)
-        self._alarmed.clear()
-        self._alarm.clear()
-        return await asyncio.get_running_loop().run_in_executor(None, self._look_once, alarmed)
+    def _take_alarmed(self) -> frozenset[Path]:
+        with self._lock:
+            alarmed, self._alarmed = frozenset(self._alarmed), set()
+        return alarmed
 
     def _look_once(self, alarmed: frozenset[Path]) -> float | None:
         """Look, act, and return the seconds to the next look; None: there is nothing to watch."""

@@ -16,8 +16,8 @@ other names concern nobody.
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from socket import socket
 
 from dgcache_core.ledger import ChangeKind, Ledger
@@ -59,6 +59,7 @@ class RuntimeGuard:
         self._fd = listeners.directory_fd
         self._ledger = Ledger()
         self._in_place = True
+        self._inner_runs = False
         self._rebound: deque[float] = deque(maxlen=limits.rebinds_per_minute)
 
     async def start(
@@ -74,6 +75,14 @@ class RuntimeGuard:
         for name in set(_SOCKETS) - set(self._ledger.names()):
             self._security.report("deleted", place=self.place, name=name)
             await self._bind_again(name)
+
+    @contextmanager
+    def change_of_inner(self, made: bool) -> Iterator[None]:
+        """Let the inner server's socket be made or taken away by us while the block runs."""
+        self._inner_runs = False
+        with self._ledger.own_change(self._fd, INNER_SOCKET):
+            yield
+        self._inner_runs = made
 
     # -- auditing ------------------------------------------------------------------------------
 
@@ -95,12 +104,18 @@ class RuntimeGuard:
         if name == ITSELF and self._in_place and not self._listeners.is_in_place():
             self._in_place = False
             return Finding(ChangeKind.DELETED, name, f"{self._listeners.directory} leads elsewhere")
+        is_ours = self._must_exist(name)
         change = self._ledger.compare(self._fd, name)
         if change is None:
             # no row and no file: somebody took it away while we made it, and the row found nothing
-            return None if name in self._ledger.names() else Finding(ChangeKind.DELETED, name)
+            missing = is_ours and name not in self._ledger.names() and self._must_exist(name)
+            return Finding(ChangeKind.DELETED, name) if missing else None
         self._ledger.record(self._fd, name)
         return Finding(change.kind, name, change.detail)
+
+    def _must_exist(self, name: str) -> bool:
+        """Asked before and after a look, since the event loop may start or stop it meanwhile."""
+        return name != INNER_SOCKET or self._inner_runs
 
     # -- mending -------------------------------------------------------------------------------
 

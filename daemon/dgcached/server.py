@@ -1,7 +1,8 @@
 """Puts the daemon together and carries it from the first socket to the last.
 
-Start: directory, lock, sockets, inner gRPC server, listeners, READY. Stop (SIGTERM, SIGINT): the
-names go first, then calls in progress get `drain_seconds`, then sessions end, then keys are erased.
+Start: directory, lock, sockets, listeners, READY; the first connection to rpc.sock starts the inner
+gRPC server. Stop (SIGTERM, SIGINT): the names go first, then calls in progress get `drain_seconds`,
+then sessions end, then keys are erased.
 """
 
 import asyncio
@@ -14,11 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
-
 from dgcache_core.keyslab import KeyProtection
 from dgcache_core.memory_store import MemoryStore
 from dgcache_core.runtime_directory import candidates, make_first_usable
@@ -26,14 +22,13 @@ from dgcache_core.settings import MEBIBYTE, DaemonSettings, Resolved, as_text, d
 from dgcache_core.store import ResidentStore
 from dgcache_core.tiered_store import TieredStore, spill_to
 from dgcache_proto.v1 import dgcache_pb2 as pb
-from dgcache_proto.v1 import dgcache_pb2_grpc
 from dgcached import BUILD
-from dgcached.admission import AdmissionInterceptor
 from dgcached.direct_calls import DirectCalls
 from dgcached.disk_tier import open_disk_tier
 from dgcached.flights import Flights
 from dgcached.hardening import effective
 from dgcached.host_memory import Budget
+from dgcached.inner_server import InnerServer
 from dgcached.limits import Limits
 from dgcached.listener import Listener
 from dgcached.lockdown import Confinement, confine, preload
@@ -48,7 +43,7 @@ from dgcached.runtime_guard import RuntimeGuard
 from dgcached.security_events import SecurityEvents
 from dgcached.service import CacheService
 from dgcached.sessions import Session, SessionListener
-from dgcached.sockets import INNER_SOCKET, Listeners, adopt_listeners, make_listeners
+from dgcached.sockets import Listeners, adopt_listeners, make_listeners
 from dgcached.supervisor import Notifier, take_watchdog_interval
 from dgcached.sweeper import Sweeper
 from dgcached.watchdog import Watchdog
@@ -154,12 +149,18 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._listeners.make_inner_directory()
-        inner_path = self._listeners.path_of(INNER_SOCKET)
-        server, health = await self._start_inner(inner_path)
+        inner = InnerServer(
+            self._service,
+            self._registry,
+            self._listeners,
+            self._limits,
+            own_change=self._guard.change_of_inner,
+            give_up=self._give_up,
+        )
         refused, repeated = RefusedPeers(self._security, self._limits), Repeated()
         listener = Listener(
             self._listeners.rpc,
-            inner_path,
+            inner,
             self._registry,
             self._limits,
             refused=refused,
@@ -203,8 +204,7 @@ class Daemon:
         self._flights.close()
         refused.close()
         self._security.close()
-        await health.enter_graceful_shutdown()
-        draining = asyncio.create_task(server.stop(self._limits.drain_seconds))
+        draining = asyncio.create_task(inner.close())
         answering = asyncio.create_task(self._direct.drain())
         # gRPC waits without an end for a connection whose client takes nothing (one that is
         # stopped, say): closing the relays ends that
@@ -264,34 +264,6 @@ class Daemon:
         if unlocked and not self._warned_of_keys:
             self._warned_of_keys = True
             event(logging.WARNING, "keys-unlocked", reason=_UNLOCKED_KEYS)
-
-    async def _start_inner(self, path: str) -> tuple[aio.Server, HealthServicer]:
-        """Start the gRPC server behind the listener."""
-        handshake_ms = int(self._limits.handshake_seconds * 1000)
-        server = aio.server(
-            interceptors=[AdmissionInterceptor(self._registry)],
-            options=[
-                ("grpc.max_concurrent_streams", self._limits.streams_per_connection),
-                ("grpc.max_receive_message_length", self._limits.message_bytes),
-                ("grpc.max_send_message_length", self._limits.message_bytes),
-                ("grpc.server_handshake_timeout_ms", handshake_ms),
-                ("grpc.so_reuseport", 0),
-                # a client that waits for a lease sees by pings that this process still runs
-                ("grpc.http2.min_ping_interval_without_data_ms", self._limits.ping_interval_ms),
-            ],
-        )
-        dgcache_pb2_grpc.add_ReferenceCacheServicer_to_server(self._service, server)
-        health = HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        name = pb.DESCRIPTOR.services_by_name["ReferenceCache"].full_name
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((name, health_name, reflection.SERVICE_NAME), server)
-        server.add_insecure_port(f"unix:{path}")
-        await server.start()
-        os.chmod(path, 0o600)  # noqa: PTH101 - gRPC made it with whatever the umask left
-        await health.set("", health_pb2.HealthCheckResponse.SERVING)
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return server, health
 
     def _hello(self) -> pb.Hello:
         return pb.Hello(

@@ -100,7 +100,7 @@ class Listeners:
 
     def remove_inner(self) -> None:
         """Take away what is inside, once the inner server has stopped."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(INNER_SOCKET, dir_fd=self.directory_fd)
         with suppress(OSError):
             os.rmdir(INNER_DIRECTORY, dir_fd=self.directory_fd)

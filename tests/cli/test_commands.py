@@ -1,11 +1,13 @@
 """`dg-cache` as a user meets it: what it prints, what it says when it fails, how it exits."""
 
+import fcntl
 import hashlib
 import json
 import os
 import pty
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -146,6 +148,39 @@ def test_put_and_get_give_the_same_bytes_in_every_form(shell: Shell) -> None:
     shell("get", "b/p", DIGEST, "--exec", "sh", "-c", "exit 7", status=7)
     other = shell("put", "b/q", "-", "--json", given=b"other").stdout
     assert json.loads(other) == {"deltaspace": "b/q", "sha256": OTHER, "size": 5}
+
+
+def opens(device: Path) -> bool:
+    """Devices are none in a place that is mounted with nodev."""
+    try:
+        with device.open("wb"):
+            return True
+    except PermissionError:
+        return False
+
+
+def test_get_writes_into_what_is_no_regular_file(shell: Shell) -> None:
+    """A FIFO, a device (of its own: one like /dev/null) and a link are still there afterwards."""
+    shell("put", "b/p", "reference")
+    fifo, device, link, behind = (shell.base / name for name in ("fifo", "null", "link", "behind"))
+    os.mkfifo(fifo)
+    link.symlink_to(behind)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20) > len(DATA)
+        shell("get", "b/p", DIGEST, "-o", fifo)
+        assert fifo.is_fifo()
+        assert b"".join(iter(lambda: os.read(reader, 1 << 20), b"")) == DATA
+    finally:
+        os.close(reader)
+    shell("get", "b/p", DIGEST, "-o", link)
+    assert link.is_symlink()
+    assert behind.read_bytes() == DATA
+    assert shell("get", "b/p", DIGEST, "-o", "/dev/stdout").stdout == DATA
+    if os.geteuid() == 0:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        shell("get", "b/p", DIGEST, "-o", device, status=0 if opens(device) else 2)
+        assert device.is_char_device()
 
 
 def test_xdelta3_decodes_from_the_sealed_path(shell: Shell) -> None:

@@ -83,6 +83,8 @@ def guarded(
             **limits,
         }
     with running(limits=limits, uid=uid, prefix=_TO_THE_JOURNAL) as daemon:
+        if uid is None:
+            assert served(daemon, None)  # so that the inner server runs
         yield daemon
 
 

@@ -57,6 +57,8 @@ REQUESTS = {
 def daemon() -> Iterator[Daemon]:
     """The module's daemon, with the default limits."""
     with running() as shared:
+        with Client(shared.directory) as first:  # so that the inner server runs
+            assert first.status().pid == shared.pid
         yield shared
         assert shared.process.poll() is None, shared.logged()
 
@@ -224,6 +226,8 @@ def test_a_daemon_whose_grpc_accepts_nobody_any_more_ends(short_directory: Path)
     """gRPC stops accepting for good at ENOMEM; what would serve nobody exits with status 72."""
     with running(limits={"handshake_seconds": 0.5}) as daemon:
         trace = short_directory / "trace"
+        with Client(daemon.directory) as first:
+            assert first.status().pid == daemon.pid
         with refusing_meanwhile(daemon.pid, "accept4", "ENOMEM", trace, number=1):
             with pytest.raises(grpc.RpcError), Client(daemon.directory, session=False) as client:
                 client.stub.Status(pb.StatusRequest(), timeout=2)

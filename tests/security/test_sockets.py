@@ -52,7 +52,8 @@ def test_16_directory_and_sockets_are_the_users_alone_whatever_the_umask(
 ) -> None:
     """0700 and 0600: neither a lax nor an absurd umask of the starter changes that."""
     place = short_directory / "made" / "on the way"
-    with running(place, umask=umask):
+    with running(place, umask=umask), Client(place) as client:
+        assert client.status().connections == 1
         assert modes(place) == FILES
         assert modes(place / "inner") == {"inner.sock": 0o600}
         assert modes(place.parent) == {place.name: 0o700}
@@ -83,7 +84,7 @@ def test_19_what_a_killed_daemon_left_is_taken_over(short_directory: Path) -> No
         with running(place) as successor, Client(place) as client:
             assert client.status().pid == successor.pid
             assert modes(place) == FILES
-        assert modes(place / "inner") == {"inner.sock": 0o600}
+            assert modes(place / "inner") == {"inner.sock": 0o600}
 
 
 def test_20_a_second_daemon_says_so_and_leaves_the_first_alone(short_directory: Path) -> None:

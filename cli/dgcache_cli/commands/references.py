@@ -104,7 +104,7 @@ def _get(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             _copy(reference, sys.stdout.buffer)
         else:
-            _write_whole(reference, arguments.output)
+            _write(reference, arguments.output)
     return exits.OK
 
 
@@ -118,7 +118,7 @@ def _reference(deltaspace: Deltaspace, sha256: str, fetch: str | None) -> Iterat
                 yield reference
         return
     with (
-        dgcache.open(Settings.from_environment().for_one_shot()) as cache,
+        dgcache.open(patient(Settings.from_environment())) as cache,
         progress("fetching", None) as advance,
         cache.get_or_fetch(
             deltaspace.bucket, deltaspace.prefix, sha256, lambda: _Fetch(fetch, advance)
@@ -169,6 +169,20 @@ def _execute(command: list[str], reference: Reference) -> int:
     return status if status >= 0 else 128 - status
 
 
+def _write(reference: Reference, path: Path) -> None:
+    """Write into what is there and no regular file, a device or /dev/stdout; else a whole file."""
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            with path.open("wb") as out:
+                _copy(reference, out)
+        else:
+            _write_whole(reference, path)
+    except BrokenPipeError:  # main knows what that is
+        raise
+    except OSError as error:
+        raise InvalidReferenceError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _write_whole(reference: Reference, path: Path) -> None:
     """Write to a temporary file beside `path`, then rename: never half a reference."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -176,8 +190,6 @@ def _write_whole(reference: Reference, path: Path) -> None:
         with open(temporary, "xb") as out:  # noqa: PTH123 - mode x
             _copy(reference, out)
         temporary.replace(path)
-    except OSError as error:
-        raise InvalidReferenceError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
