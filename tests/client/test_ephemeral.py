@@ -23,7 +23,7 @@ from dgcache_core.errors import CacheFullError
 from dgcache_core.runtime_directory import machine_key
 from tests.support.real_users import pidfd_of
 from tests.support.refused_syscalls import FLOCK, refusing, without_nameless_files
-from tests.support.wire import FOREIGN_UID, SECONDS, as_user, own_environment, poll
+from tests.support.wire import FOREIGN_UID, SECONDS, as_user, eventually, own_environment, poll
 
 PIECE = random.Random(7).randbytes(3 << 20)[1_000_000:1_000_064]
 
@@ -447,7 +447,7 @@ def test_a_forked_child_does_not_hold_its_parent_s_lock(base: Path, start: Start
     pid = int(parent.obeys("print(child)"))
     with pidfd_of(pid) as child:
         parent.dies()
-        assert nameless_files(pid) == []
+        eventually(lambda: nameless_files(pid) == [])  # once it has begun
         start()
         assert not own.exists()
         assert not poll([child], 0)  # it lives
