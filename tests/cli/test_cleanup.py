@@ -35,7 +35,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of a seco
 # `dg-cache`, with another directory instead of /tmp, as another user where one is named: everything
 # is imported before, since that user may not be able to read the interpreter's files.
 _DRIVER = """\
-import os, sys, rich.console, rich.table, rich.text, rich.box
+import json, os, sys, rich.console, rich.table, rich.text, rich.box
 from pathlib import Path
 from dgcache_cli import legacy
 from dgcache_cli.commands import cleanup, daemon, deltaglider, references, setup
