@@ -65,7 +65,7 @@ class Bench:
 
     def __call__(self, *words: str | Path, status: int = 0, **given: Any) -> tuple[str, str]:
         process = self.start(*words, stderr=subprocess.PIPE, **given)
-        out, error = process.communicate(timeout=90)
+        out, error = process.communicate(timeout=300)
         assert process.returncode == status, error.decode()
         return out.decode(), error.decode()
 
@@ -212,7 +212,7 @@ def test_people_get_tables_a_document_and_a_chart(bench: Bench) -> None:
         pass
     finally:
         os.close(controller)
-    text = process.communicate(timeout=90)[0].decode()
+    text = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, drawn.decode(errors="replace")
     assert b"27/27" in drawn
     assert max(map(len, text.splitlines())) <= 80

@@ -174,6 +174,24 @@ def test_a_file_that_somebody_put_there_is_told_and_left(tier: Tier) -> None:
     assert store.status().entries == 1
 
 
+def test_a_file_that_is_seen_while_we_work_is_looked_at_again(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It might have been ours; once nothing of ours came between, it is not."""
+    store = tier.open()
+    planted = tier.path / "planted"
+    planted.write_bytes(b"planted")
+    look, works_meanwhile = store._table.directory.look, [1, 1, 1]
+
+    def look_beside_work(name: str) -> os.stat_result:
+        store._table.works += works_meanwhile.pop() if works_meanwhile else 0
+        return look(name)
+
+    monkeypatch.setattr(store._table.directory, "look", look_beside_work)
+    (finding,) = store.audit(planted)
+    assert (finding.kind, works_meanwhile) == (FOREIGN, [])
+
+
 def test_what_belongs_there_is_no_finding(tier: Tier) -> None:
     """Directories, the lock, temporaries, names that lead nowhere; relative and absolute."""
     store = tier.open()

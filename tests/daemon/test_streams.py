@@ -135,7 +135,7 @@ def test_a_write_that_is_cancelled_keeps_nothing(client: Client, size: int, sent
     assert client.status().store.reserved_bytes > size
     call.cancel()
     messages.end()
-    eventually(lambda: nothing_is_kept(client), 5)
+    eventually(lambda: nothing_is_kept(client), 8)  # before the idle limit would
 
 
 def test_a_writer_that_stalls_is_told_so() -> None:

@@ -164,7 +164,7 @@ def test_59_a_thousand_stores_at_once_never_exceed_the_budget() -> None:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"
         most_stores = most_bytes = 0
-        with other.undisturbed(may_miss=True):
+        with other.undisturbed(may_miss=True, floor_seconds=1.0):
             high_water = HighWater(daemon)
             for writer in writers:
                 print("begin", file=writer.stdin, flush=True)
@@ -187,8 +187,8 @@ def test_59_a_thousand_stores_at_once_never_exceed_the_budget() -> None:
         assert {outcome for outcome, _ in outcomes} <= {"stored", "RESOURCE_EXHAUSTED"}
         assert 0 < most_stores <= 32
         assert most_bytes <= BUDGET_MIB * MIB
-        # 128 connections take 40 MiB by themselves
-        assert high_water.rose_bytes() <= (BUDGET_MIB + 48) * MIB
+        # 128 connections take 40 to 50 MiB by themselves
+        assert high_water.rose_bytes() <= (BUDGET_MIB + 64) * MIB
         eventually(lambda: client.status().store.reserved_bytes == 0)
         assert client.store(b"afterwards")
 

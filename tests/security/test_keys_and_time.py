@@ -1,7 +1,5 @@
 """Keys are used once; deadlines follow the clock that never jumps and goes on during suspend."""
 
-import hashlib
-import io
 import multiprocessing
 import os
 import time
@@ -12,51 +10,26 @@ from pathlib import Path
 import grpc
 import pytest
 
-from dgcache_core import aead
-from dgcache_core.memory_store import MemoryStore
-from dgcache_core.references import Deltaspace
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.bystander_in_process import as_root
+from tests.support.encryptions import encryptions
 from tests.support.key_memory import keys_of
 from tests.support.refused_syscalls import MEMFD_SECRET, refusing
 from tests.support.turned_clocks import TurnedClocks, turned_clocks
 from tests.support.wire import SECONDS, SPACE, Client, Daemon, eventually, running
 
-_STORES = 100_000
+_STORES, _LIVES = 100_000, 4
 _YEAR = 365 * 86_400
 
 
 def test_55_no_key_meets_a_nonce_twice_in_100_000_stores() -> None:
     """Through the store that serves, with room for few, so that every slot is used again and again;
-    every encryption there is is noted, that of the seal too. Two processes have a half each, as two
-    lives of a daemon would, and share no pair either."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as lives:
-        (one, times), (other, further) = lives.map(_encryptions, [_STORES // 2] * 2)
-    assert times + further == len(one | other) == 2 * _STORES
-
-
-def _encryptions(stores: int) -> tuple[set[bytes], int]:
-    """Return a hash of each pair of key and nonce that so many stores use, and their number."""
-    seal, pairs, times = aead._encrypt_into, set(), 0
-
-    def noted(
-        key: memoryview, nonce: bytes, plain: memoryview, associated: bytes, out: memoryview
-    ) -> None:
-        nonlocal times
-        times += 1
-        pairs.add(hashlib.blake2b(bytes(key) + nonce, digest_size=16).digest())
-        seal(key, nonce, plain, associated, out)
-
-    aead._encrypt_into = noted  # in this process, which ends with this
-    space, data = Deltaspace("b", "p"), bytearray(8)
-    store = MemoryStore(1 << 20, 1000, may_fork=True, max_entries=32)
-    for number in range(stores):
-        data[:] = (number % 1000).to_bytes(8, "big")  # the same content again, too
-        with store.begin(len(data), space) as ingest:
-            ingest.fill(io.BytesIO(data).readinto)
-            ingest.commit()
-    store.close()
-    return pairs, times
+    every encryption there is is noted, that of the seal too. Four processes have a part each, as
+    four lives of a daemon would, and share no pair either."""
+    with ProcessPoolExecutor(_LIVES, multiprocessing.get_context("spawn")) as lives:
+        noted = list(lives.map(encryptions, [_STORES // _LIVES] * _LIVES))
+    pairs = set().union(*(pairs for pairs, _ in noted))
+    assert sum(times for _, times in noted) == len(pairs) == 2 * _STORES
 
 
 @as_root

@@ -52,6 +52,8 @@ with dgcache.open(settings) as cache:
             wrong.append(f"{type(error).__name__}: {error}")
         if fetched == fetched_before:
             seconds.append(time.monotonic() - started)
+        else:
+            cache.forget()  # where the daemon had no room for it, it is asked again all the same
         wanted = int(sys.argv[2]) if not orders.poll(2) else int(sys.stdin.readline() or -1)
         if wanted < 0:
             break
