@@ -503,6 +503,7 @@ def test_a_mounted_dot_deltaglider_is_left_to_its_owner(host: Host) -> None:
 def test_it_is_slash_tmp_that_is_looked_into(host: Host) -> None:
     """The command itself, in a namespace with a /tmp of its own, in which this checkout is too."""
     checkout = Path(__file__).resolve().parents[2]
+    cleanup = f"{sys.executable} -m dgcache_cli cleanup --yes"
     text = in_mounts(
         host,
         f"mount --bind {checkout} /mnt",
@@ -512,7 +513,7 @@ def test_it_is_slash_tmp_that_is_looked_into(host: Host) -> None:
         "mkdir -p /tmp/.deltaglider/cache/bkt /tmp/deltaglider-abcdefgh",
         "echo reference > /tmp/.deltaglider/cache/bkt/reference.bin",
         "touch -d '3 days ago' /tmp/deltaglider-abcdefgh",
-        argv=["sh", "-c", f"{sys.executable} -m dgcache_cli cleanup --yes; echo /tmp/.delta* /tmp/delta*"],
+        argv=["sh", "-c", f"{cleanup}; echo /tmp/.delta* /tmp/delta*"],
     )
     assert "removed /tmp/.deltaglider/cache: 3 entries, 10 B" in text
     assert text.endswith("freed 10 B\n/tmp/.delta* /tmp/delta*\n")  # nothing is left
