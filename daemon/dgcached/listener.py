@@ -87,7 +87,7 @@ class Listener:
             await self._loop.connect_accepted_socket(lambda: _Outer(self), connection)
         except OSError as error:
             connection.close()
-            event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
+            self._report_failed_accept(error)
 
     async def close(self) -> None:
         """Let the relays carry to the clients what the inner server has sent, then end them.
@@ -111,6 +111,9 @@ class Listener:
         if not self._open:
             self._all_closed.set()
             self._inner_server.unused()
+
+    def _report_failed_accept(self, error: OSError) -> None:
+        self._repeated.event(logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror)
 
     def _admit(self, outer: "_Outer", connection: socket.socket) -> "_Inner | None":
         """Check the peer and open the inner end, or refuse."""
@@ -232,9 +235,7 @@ class _Outer(_End):
         try:
             self._inner = self._listener._admit(self, transport.get_extra_info("socket"))
         except OSError as error:  # the kernel does not tell who it is: nobody, then
-            self._listener._repeated.event(
-                logging.ERROR, "accept-failed", socket="rpc", reason=error.strerror
-            )
+            self._listener._report_failed_accept(error)
         if self._inner is None:
             self.transport.abort()
             return

@@ -501,17 +501,22 @@ def test_a_mounted_dot_deltaglider_is_left_to_its_owner(host: Host) -> None:
 
 
 def test_it_is_slash_tmp_that_is_looked_into(host: Host) -> None:
-    """The command itself, in a namespace with a /tmp of its own."""
+    """The command itself, in a namespace with a /tmp of its own, in which this checkout is too."""
+    checkout = Path(__file__).resolve().parents[2]
+    cleanup = f"{sys.executable} -m dgcache_cli cleanup --yes"
     text = in_mounts(
         host,
+        f"mount --bind {checkout} /mnt",
         "mount -t tmpfs none /tmp",
+        f"mkdir -p {checkout}",
+        f"mount --bind /mnt {checkout}",
         "mkdir -p /tmp/.deltaglider/cache/bkt /tmp/deltaglider-abcdefgh",
         "echo reference > /tmp/.deltaglider/cache/bkt/reference.bin",
         "touch -d '3 days ago' /tmp/deltaglider-abcdefgh",
-        argv=["sh", "-c", f"{sys.executable} -m dgcache_cli cleanup --yes; ls -A /tmp"],
+        argv=["sh", "-c", f"{cleanup}; echo /tmp/.delta* /tmp/delta*"],
     )
     assert "removed /tmp/.deltaglider/cache: 3 entries, 10 B" in text
-    assert text.endswith("freed 10 B\n")
+    assert text.endswith("freed 10 B\n/tmp/.delta* /tmp/delta*\n")  # nothing is left
 
 
 # -- other users -----------------------------------------------------------------------------------

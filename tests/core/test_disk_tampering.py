@@ -17,14 +17,12 @@ from dgcache_core.errors import CacheCorruptionError, MissReason
 from dgcache_core.ledger import FileState
 from dgcache_core.memory import anonymous_memory
 from dgcache_core.references import Sha256
-from dgcache_core.tier_keys import MAC_BYTES
+from tests.support.disk_regions import FIRST_CHUNK, HEADER_REGIONS
 
 from .support import content
 from .tier import Tier, make_it_look_untouched, plaintext, rewrite
 
 DATA = content(2 * CHUNK_BYTES + 100)  # two whole chunks and a short one
-SEAL = MIN_HEADER_BYTES
-FIRST_CHUNK = SEAL + TAG_BYTES
 SECURITY, CORRUPT, REMOVED, FOREIGN = (
     DiskEventKind.SECURITY,
     DiskEventKind.CORRUPT,
@@ -33,20 +31,7 @@ SECURITY, CORRUPT, REMOVED, FOREIGN = (
 )
 
 REGIONS = {
-    "magic": 0,
-    "version": 5,
-    "flags": 7,
-    "header length": 11,
-    "key id": 12,
-    "generation id": 20,
-    "nonce": 28,
-    "encrypted header, first byte": PREFIX_BYTES,
-    "encrypted header, middle": MIN_HEADER_BYTES // 2,
-    "encrypted header, tag": MIN_HEADER_BYTES - MAC_BYTES - 1,
-    "MAC, first byte": MIN_HEADER_BYTES - MAC_BYTES,
-    "MAC, last byte": MIN_HEADER_BYTES - 1,
-    "seal, first byte": SEAL,
-    "seal, last byte": SEAL + TAG_BYTES - 1,
+    **HEADER_REGIONS,
     "first chunk, first byte": FIRST_CHUNK,
     "first chunk, middle": FIRST_CHUNK + CHUNK_BYTES // 2,
     "first chunk, tag": FIRST_CHUNK + CHUNK_BYTES,

@@ -275,7 +275,7 @@ def test_15_a_swap_race_never_gives_a_bad_directory(sticky: Path, attacker: int)
     assert counts["good"] > 0
     assert counts["refused"] > 0
     assert sum(counts.values()) == 10_000
-    assert int(won) > 1000
+    assert int(won) > 100  # how many is the scheduler's doing, not the owner's
     assert list(decoy.iterdir()) == []
 
 

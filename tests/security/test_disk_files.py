@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from dgcache_core.aead import CHUNK_BYTES, TAG_BYTES
-from dgcache_core.disk_format import MIN_HEADER_BYTES, PREFIX_BYTES
-from dgcache_core.tier_keys import MAC_BYTES
+from dgcache_core.disk_format import PREFIX_BYTES
 from dgcache_proto.v1 import dgcache_pb2 as pb
 from tests.support.disk_daemon import NEVER, Home, fill, following, found, lines, reference
+from tests.support.disk_regions import FIRST_CHUNK, HEADER_REGIONS
 from tests.support.turned_clocks import turned_clocks
 from tests.support.wire import Client, eventually
 
@@ -26,30 +26,15 @@ YEAR = 365 * 86_400
 BIG = 2 * CHUNK_BYTES + 100
 """Two whole chunks and a short one."""
 
-SEAL = MIN_HEADER_BYTES
-BODY = SEAL + TAG_BYTES
 CHUNK = CHUNK_BYTES + TAG_BYTES
 REGIONS = {
-    "magic": 0,
-    "version": 5,
-    "flags": 7,
-    "header length": 11,
-    "key id": 12,
-    "generation id": 20,
-    "nonce": 28,
-    "encrypted header": PREFIX_BYTES,
-    "encrypted header, middle": MIN_HEADER_BYTES // 2,
-    "encrypted header, tag": MIN_HEADER_BYTES - MAC_BYTES - 1,
-    "MAC": MIN_HEADER_BYTES - MAC_BYTES,
-    "MAC, end": MIN_HEADER_BYTES - 1,
-    "seal": SEAL,
-    "seal, end": BODY - 1,
-    "first chunk": BODY,
-    "first chunk, middle": BODY + CHUNK_BYTES // 2,
-    "first chunk, tag": BODY + CHUNK_BYTES,
-    "second chunk": BODY + CHUNK + 1,
-    "last chunk": BODY + 2 * CHUNK,
-    "last tag, end": BODY + 2 * CHUNK + 100 + TAG_BYTES - 1,
+    **HEADER_REGIONS,
+    "first chunk": FIRST_CHUNK,
+    "first chunk, middle": FIRST_CHUNK + CHUNK_BYTES // 2,
+    "first chunk, tag": FIRST_CHUNK + CHUNK_BYTES,
+    "second chunk": FIRST_CHUNK + CHUNK + 1,
+    "last chunk": FIRST_CHUNK + 2 * CHUNK,
+    "last tag, end": FIRST_CHUNK + 2 * CHUNK + 100 + TAG_BYTES - 1,
 }
 FOREIGN = {"magic", "version", "key id"}
 """A file with another one of these is no file of ours: nobody touches it."""
@@ -128,28 +113,31 @@ def test_25_a_bit_flipped_in_a_file_is_found(home: Home, when: str) -> None:
 
 def swapped(file: Path, other: Path) -> None:
     data = bytearray(file.read_bytes())
-    first, second = slice(BODY, BODY + CHUNK), slice(BODY + CHUNK, BODY + 2 * CHUNK)
+    first, second = (
+        slice(FIRST_CHUNK, FIRST_CHUNK + CHUNK),
+        slice(FIRST_CHUNK + CHUNK, FIRST_CHUNK + 2 * CHUNK),
+    )
     data[first], data[second] = data[second], data[first]
     file.write_bytes(data)
 
 
 def truncated(file: Path, other: Path) -> None:
-    os.truncate(file, BODY + CHUNK)
+    os.truncate(file, FIRST_CHUNK + CHUNK)
 
 
 def extended(file: Path, other: Path) -> None:
     with file.open("ab") as opened:
-        opened.write(other.read_bytes()[BODY : BODY + CHUNK])
+        opened.write(other.read_bytes()[FIRST_CHUNK : FIRST_CHUNK + CHUNK])
 
 
 def foreign_chunk(file: Path, other: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[BODY : BODY + CHUNK] = other.read_bytes()[BODY : BODY + CHUNK]
+    data[FIRST_CHUNK : FIRST_CHUNK + CHUNK] = other.read_bytes()[FIRST_CHUNK : FIRST_CHUNK + CHUNK]
     file.write_bytes(data)
 
 
 def foreign_header(file: Path, other: Path) -> None:
-    file.write_bytes(other.read_bytes()[:BODY] + file.read_bytes()[BODY:])
+    file.write_bytes(other.read_bytes()[:FIRST_CHUNK] + file.read_bytes()[FIRST_CHUNK:])
 
 
 def foreign_file(file: Path, other: Path) -> None:
