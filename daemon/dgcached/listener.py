@@ -178,16 +178,14 @@ class Listener:
 class _End(asyncio.BufferedProtocol):
     """One end of a relay; `other` is where its bytes go.
 
-    It reads into one small buffer of its own: asyncio would allocate 256 KiB for every read, and
-    what is freed is overwritten (`heap`).
+    All ends read into one buffer: the event loop fills it and has it copied before it reads again.
+    By default it would allocate 256 KiB for every read, and what is freed is overwritten (`heap`).
     """
 
+    _buffer = memoryview(bytearray(_READ_BYTES))
     transport: asyncio.Transport
     other: "_End | None" = None
     early: bytes = b""
-
-    def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(_READ_BYTES))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -223,7 +221,6 @@ class _Outer(_End):
     """The client's end. It owns the relay."""
 
     def __init__(self, listener: Listener) -> None:
-        super().__init__()
         self._listener = listener
         self._inner: _Inner | None = None
         self._joining: asyncio.Task[None] | None = None
@@ -312,7 +309,6 @@ class _Inner(_End):
     """The end towards the gRPC server, bound to the abstract name `name`."""
 
     def __init__(self, outer: _Outer, name: str) -> None:
-        super().__init__()
         self._outer = outer
         self.name = name
         self.greeted = False

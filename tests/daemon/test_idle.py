@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,10 @@ def wake_ups(daemon: Daemon) -> dict[str, int]:
     """Return how often each thread went to sleep by its own will so far (proc(5))."""
     found = {}
     for task in Path(f"/proc/{daemon.pid}/task").iterdir():
-        lines = (task / "status").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith("voluntary_ctxt_switches:"))
-        found[f"{task.name} {(task / 'comm').read_text().strip()}"] = int(line.split()[1])
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            lines = (task / "status").read_text().splitlines()
+            (line,) = (line for line in lines if line.startswith("voluntary_ctxt_switches:"))
+            found[f"{task.name} {(task / 'comm').read_text().strip()}"] = int(line.split()[1])
     return found
 
 

@@ -539,7 +539,8 @@ def test_08_a_process_with_the_pid_of_an_ended_one_is_not_taken_for_it() -> None
         reused, exited = said.splitlines()
         pid = exited.removeprefix("exited ")
         assert reused == f"reused innocent {daemon.pid} UNAUTHENTICATED {pid}"
-        line = f'session-ended reason="unexpected packet" peer="uid {os.geteuid()} pid {pid}"\n'
+        reason = "a packet that does not parse"
+        line = f'session-ended reason="{reason}" peer="uid {os.geteuid()} pid {pid}"\n'
         eventually(lambda: line in daemon.logged())
         assert "innocent" not in daemon.logged()
         assert "python" not in daemon.logged()
