@@ -29,6 +29,9 @@ StoreSource = str | os.PathLike[str] | int | Readable | bytes | bytearray | memo
 
 PIECE_BYTES = 1 << 20
 
+_LEND_FROM_BYTES = 8 << 20
+"""From here on lending pages saves more than to load what can takes."""
+
 
 class Source(Protocol):
     """Bytes of a known size that can be read again from the start."""
@@ -75,7 +78,13 @@ class BytesSource:
         """See `Source`."""
         if self._at == self.size:
             return 0
-        sent = os.write(pipe, self._view[self._at : self._at + PIECE_BYTES])
+        piece = self._view[self._at : self._at + PIECE_BYTES]
+        if self.size >= _LEND_FROM_BYTES:
+            from dgcache.lending import lend_pages  # ctypes takes some ms to load
+
+            sent = lend_pages(pipe, piece)
+        else:
+            sent = os.write(pipe, piece)
         self._at += sent
         return sent
 
