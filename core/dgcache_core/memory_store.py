@@ -117,46 +117,23 @@ class MemoryStore:
             handout = self._shared_handout(deltaspace, sha256)
             if handout is not None:
                 return handout
-            entry = self._entries[sha256]
-            entry.readers += 1
-            self._opening.add(sha256)
-            self._in_progress += 1
-            room = page_rounded(entry.frame.size)
-            try:
-                self._reserve(room)
-            except BaseException:  # whatever it is: who waits for this opening must not wait on
-                self._end_opening(entry, 0)
-                raise
-        try:
-            memory_file = self._decrypt(entry)
-        except BaseException as error:
-            with self._lock:
-                if isinstance(error, CacheCorruptionError):
-                    self._drop(entry, MissReason.DROPPED_CORRUPT)
-                self._end_opening(entry, room)
-            if isinstance(error, OSError):
-                raise CacheFullError(f"no memory file: {error.strerror}") from error
-            raise
-        with self._lock:
-            self._end_opening(entry, room)
-            if self._closed:
-                os.close(memory_file)
-                raise _closed_error()
-            handout = self._handouts.add(sha256, memory_file, entry.frame.size)
-            self._count_hit(entry, deltaspace)
-            return handout
+            entry = self._begin_opening(sha256)
+        return self._opened_handout(entry, deltaspace)
 
-    def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
-        """Return a handout if that needs no decryption and no waiting, else None.
-
-        Raises:
-            CacheMissError: as `lookup`.
-        """
+    def lookup_now(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """See `ResidentStore.lookup_now`."""
         with self._lock:
-            self._require(deltaspace, sha256)
+            entry = self._require(deltaspace, sha256)
             if sha256 in self._opening:
                 return None
-            return self._shared_handout(deltaspace, sha256)
+            handout = self._shared_handout(deltaspace, sha256)
+            if handout is not None:
+                return handout
+            room = page_rounded(entry.frame.size)
+            if entry.frame.chunks > 1 or self._used_bytes + room > self._limit_bytes:
+                return None
+            self._begin_opening(sha256)
+        return self._opened_handout(entry, deltaspace)
 
     def miss_reason(self, deltaspace: Deltaspace, sha256: Sha256) -> MissReason | None:
         """See `Store.miss_reason`."""
@@ -455,6 +432,28 @@ class MemoryStore:
 
     # -- without the lock ------------------------------------------------------------------------
 
+    def _opened_handout(self, entry: Entry, deltaspace: Deltaspace) -> Handout:
+        """End what `_begin_opening` began."""
+        room = page_rounded(entry.frame.size)
+        try:
+            memory_file = self._decrypt(entry)
+        except BaseException as error:
+            with self._lock:
+                if isinstance(error, CacheCorruptionError):
+                    self._drop(entry, MissReason.DROPPED_CORRUPT)
+                self._end_opening(entry, room)
+            if isinstance(error, OSError):
+                raise CacheFullError(f"no memory file: {error.strerror}") from error
+            raise
+        with self._lock:
+            self._end_opening(entry, room)
+            if self._closed:
+                os.close(memory_file)
+                raise _closed_error()
+            handout = self._handouts.add(entry.sha256, memory_file, entry.frame.size)
+            self._count_hit(entry, deltaspace)
+            return handout
+
     def _decrypt(self, entry: Entry) -> int:
         return open_blob(
             entry.frame, entry.sha256, entry.blob, entry.key.view, self._helpers, self._scratch
@@ -624,6 +623,19 @@ class MemoryStore:
             self._helpers.shutdown(wait=False)
             self._scratch.close()
             self._keys.close()
+
+    def _begin_opening(self, sha256: Sha256) -> Entry:
+        """Pin an entry and reserve room for its plaintext."""
+        entry = self._entries[sha256]
+        entry.readers += 1
+        self._opening.add(sha256)
+        self._in_progress += 1
+        try:
+            self._reserve(page_rounded(entry.frame.size))
+        except BaseException:  # whatever it is: who waits for this opening must not wait on
+            self._end_opening(entry, 0)
+            raise
+        return entry
 
     def _end_opening(self, entry: Entry, room: int) -> None:
         self._reserved_bytes -= room

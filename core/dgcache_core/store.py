@@ -168,11 +168,11 @@ class ResidentStore(Store, Protocol):
     def max_entry_bytes(self) -> int:
         """The largest blob there can be, in bytes of plaintext."""
 
-    def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
-        """Return a handout if that needs no decryption and no waiting, else None.
+    def lookup_now(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """Return a handout if that takes no waiting and one chunk's decryption at most, else None.
 
         Raises:
-            CacheMissError: as `lookup`.
+            CacheError: as `lookup`.
         """
 
     def set_limit(self, max_bytes: int) -> Freed:

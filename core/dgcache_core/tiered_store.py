@@ -57,14 +57,14 @@ class TieredStore:
                     raise
         return self._restore_and_look_up(deltaspace, sha256)
 
-    def lookup_shared(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
-        """See `ResidentStore.lookup_shared`. Asks the disk for nothing."""
+    def lookup_now(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout | None:
+        """See `ResidentStore.lookup_now`. Asks the disk for nothing."""
         if self._memory.miss_reason(deltaspace, sha256) is not None and not self._disk.lacks(
             sha256
         ):
             return None
         try:
-            return self._memory.lookup_shared(deltaspace, sha256)
+            return self._memory.lookup_now(deltaspace, sha256)
         except CacheMissError:
             if self._disk.lacks(sha256):
                 raise

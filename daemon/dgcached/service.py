@@ -1,7 +1,8 @@
 """The gRPC service: turns messages into calls of the store, and handouts into descriptors.
 
-Decryption and hashing happen in worker threads; the event loop only looks things up. A handout that
-nobody waits for any more is closed by whoever finds out.
+Decryption and hashing happen in worker threads; the event loop only looks things up, and decrypts
+what is one chunk, which takes less than to wake a thread up. A handout that nobody waits for any
+more is closed by whoever finds out.
 """
 
 import asyncio
@@ -173,18 +174,18 @@ class CacheService(dgcache_pb2_grpc.ReferenceCacheServicer):
         raise miss
 
     async def _handout(self, deltaspace: Deltaspace, sha256: Sha256) -> Handout:
-        handout = self._store.lookup_shared(deltaspace, sha256)
-        if handout is None:
-            try:
+        try:
+            handout = self._store.lookup_now(deltaspace, sha256)
+            if handout is None:
                 handout = await _run_owned(
                     self._decryption,
                     lambda: self._store.lookup(deltaspace, sha256),
                     lambda unwanted: os.close(unwanted.fd),
                 )
-            except CacheCorruptionError as error:
-                reason = str(error).replace(sha256, sha256[:12])
-                self._security.report("entry-dropped", sha256=sha256[:12], reason=reason)
-                raise
+        except CacheCorruptionError as error:
+            reason = str(error).replace(sha256, sha256[:12])
+            self._security.report("entry-dropped", sha256=sha256[:12], reason=reason)
+            raise
         self._on_change()
         return handout
 

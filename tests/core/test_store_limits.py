@@ -91,7 +91,7 @@ def test_a_closed_store_answers_with_its_own_errors() -> None:
         with pytest.raises(CacheError):
             store.lookup(RELEASES, digest_asked)
         with pytest.raises(CacheError):
-            store.lookup_shared(RELEASES, digest_asked)
+            store.lookup_now(RELEASES, digest_asked)
     with pytest.raises(CacheError):
         store.begin(4, RELEASES)
     status = store.status()

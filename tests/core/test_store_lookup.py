@@ -97,18 +97,34 @@ def test_a_lookup_is_answered_by_the_digest_whatever_the_deltaspace(store: Memor
     assert entry.deltaspaces == [NIGHTLY, RELEASES]
 
 
-def test_a_shared_lookup_never_decrypts(store: MemoryStore) -> None:
-    """`lookup_shared` gives what is held, None where it would have to decrypt, and misses."""
-    digest = put(store, DATA)
-    assert store.lookup_shared(RELEASES, digest) is None
+def test_a_lookup_now_decrypts_one_chunk_at_most(store: MemoryStore) -> None:
+    """`lookup_now` gives what is held or small, None where it takes longer, and misses."""
+    small = put(store, b"x" * CHUNK_BYTES)
+    opened = store.lookup_now(RELEASES, small)
+    assert opened is not None
+    with held(opened):
+        assert read_all(opened) == b"x" * CHUNK_BYTES
+    data = content(CHUNK_BYTES + 1)
+    digest = put(store, data)
+    assert store.lookup_now(RELEASES, digest) is None
     with held(store.lookup(RELEASES, digest)):
-        shared = store.lookup_shared(NIGHTLY, digest)
+        shared = store.lookup_now(NIGHTLY, digest)
         assert shared is not None
         with held(shared):
-            assert read_all(shared) == DATA
+            assert read_all(shared) == data
     with pytest.raises(CacheMissError):
-        store.lookup_shared(RELEASES, digest_of(b"unknown"))
+        store.lookup_now(RELEASES, digest_of(b"unknown"))
     assert store.status().counters.misses[MissReason.DIGEST_CHANGED] == 1
+
+
+def test_a_lookup_now_evicts_nothing(make_store: Callable[..., MemoryStore]) -> None:
+    """Making room may wait for a disk; where there is none, a worker has to do it."""
+    store = make_store(3 * CHUNK_BYTES)
+    digests = [put(store, content(900_000, seed)) for seed in range(3)]
+    assert store.lookup_now(RELEASES, digests[2]) is None
+    assert len(store.entries()) == 3
+    with held(store.lookup(RELEASES, digests[2])):
+        assert len(store.entries()) < 3
 
 
 def test_entries_tell_what_people_ask(store: MemoryStore, clock: HandClock) -> None:

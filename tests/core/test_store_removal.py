@@ -127,7 +127,7 @@ def test_plaintext_still_held_of_an_evicted_blob_is_not_handed_out(store: Memory
         with pytest.raises(CacheMissError):
             store.lookup(RELEASES, digest)
         with pytest.raises(CacheMissError):
-            store.lookup_shared(RELEASES, digest)
+            store.lookup_now(RELEASES, digest)
         put(store, DATA)
         assert get(store, digest) == DATA
 

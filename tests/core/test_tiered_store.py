@@ -237,7 +237,7 @@ def test_stores_that_need_room_wait_for_a_spill(tiers: Tiers) -> None:
 def get_shared_or_none(tiers: Tiers, data: bytes) -> object:
     """Ask as the daemon's loop does, which never waits."""
     try:
-        return tiers.opened[-1][1].lookup_shared(RELEASES, digest_of(data))
+        return tiers.opened[-1][1].lookup_now(RELEASES, digest_of(data))
     except CacheMissError:
         return None
 
@@ -484,7 +484,7 @@ def test_entries_tell_which_tier_they_are_on(tiers: Tiers) -> None:
 
 
 def test_the_loop_is_never_sent_to_the_disk(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lookup_shared` says None where only a worker may find out, and misses where it knows."""
+    """`lookup_now` says None where only a worker may find out, and misses where it knows."""
     store = tiers.open(THREE)
     digests = fill(tiers, 5)
     store = tiers.open(THREE)
@@ -496,13 +496,13 @@ def test_the_loop_is_never_sent_to_the_disk(tiers: Tiers, monkeypatch: pytest.Mo
         patch.setattr(tiers.disk._former_life, "is_done", False)
         for name in ("opened", "look", "unlink"):
             patch.setattr(tiers.disk._directory, name, not_here)
-        assert store.lookup_shared(RELEASES, digests[0]) is None
-        assert store.lookup_shared(RELEASES, digest_of(b"unknown")) is None
+        assert store.lookup_now(RELEASES, digests[0]) is None
+        assert store.lookup_now(RELEASES, digest_of(b"unknown")) is None
         patch.setattr(tiers.disk._former_life, "is_done", True)
         tiers.tier.advance(2 * DAY)
-        assert store.lookup_shared(RELEASES, digests[1]) is None
+        assert store.lookup_now(RELEASES, digests[1]) is None
         with pytest.raises(CacheMissError):
-            store.lookup_shared(RELEASES, digest_of(b"unknown"))
+            store.lookup_now(RELEASES, digest_of(b"unknown"))
 
 
 def test_time_is_over_on_both_tiers(tiers: Tiers) -> None:
