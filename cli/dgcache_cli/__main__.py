@@ -1,7 +1,5 @@
 """`python -m dgcache_cli` is `dg-cache`."""
 
-import sys
+from dgcache_cli.main import script
 
-from dgcache_cli.main import main
-
-sys.exit(main())
+script()

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from dgcache_cli import exits
+from dgcache_cli.scripts import run_as_script
 from dgcache_core.errors import CacheError
 
 _EPILOG = f"""\
@@ -25,6 +26,11 @@ examples:
 
 {exits.EXPLAINED}
 """
+
+
+def script() -> NoReturn:
+    """Be the console script."""
+    run_as_script(main)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +124,3 @@ class _PrintVersion(argparse.Action):
         except PackageNotFoundError:
             print("dg-cache 0+unknown")
         parser.exit()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

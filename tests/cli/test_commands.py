@@ -432,3 +432,24 @@ def test_a_daemon_that_does_not_answer_is_not_called_absent(shell: Shell) -> Non
         assert "run dg-cache restart --force" in shell.refused("status", status=69)
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def test_the_script_ends_as_python_would(tmp_path: Path) -> None:
+    """Exit functions ran, what they print arrived in a pipe, and the status is the command's."""
+    body = (
+        "import atexit, sys; from dgcache_cli.main import script;"
+        "atexit.register(print, 'the end', file=sys.stderr);"
+        "script()"
+    )
+    for words, status in ((("completion", "bash"), 0), (("has", "s3://b/p", "no digest"), 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", body, *words],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.stderr.endswith("the end\n")
+        assert done.returncode == status, done.stderr
+        assert bool(done.stdout) == (status == 0)

@@ -32,8 +32,9 @@ _SHIM = """\
 import sys
 
 from dgcache_cli.commands.deltaglider import run_deltaglider
+from dgcache_cli.scripts import run_as_script
 
-sys.exit(run_deltaglider(sys.argv[1:]))
+run_as_script(lambda: run_deltaglider(sys.argv[1:]))
 """
 
 
