@@ -37,39 +37,68 @@ class Step:
 
 
 _START = "get"
-_HELD = (
-    Step("call", "client: arguments, the backend, the request message"),
+_SENT_OVER_GRPC = (
     Step("relay in", "client: gRPC sends it; the daemon's event loop wakes up"),
     Step("relay in, done", "daemon: who is it is known; the relay passes it on to gRPC"),
     Step("intercept", "daemon: gRPC reads it; the event loop wakes up again"),
     Step("admit", "daemon: gRPC's interceptor and the handler's task begin"),
     Step("admit, done", "daemon: connection and session are admitted"),
     Step("Lookup", "daemon: one of the session's calls is taken"),
-    Step("shared", "daemon: deltaspace and digest are parsed"),
-    Step("shared, done", "daemon: the table; a descriptor of its own is opened"),
+)
+_SENT_ON_THE_SESSION = (
+    Step("packet", "client: sends it; daemon: the event loop wakes up, who sent it is checked"),
+    Step("packet, done", "daemon: it is parsed; a task is made"),
+    Step("Lookup", "daemon: the task begins; one of the session's calls is taken"),
+)
+_SHARED = (
+    Step("now", "daemon: deltaspace and digest are parsed"),
+    Step("now, done", "daemon: the table; a descriptor of its own is opened"),
     Step("announce", "daemon: back in the call"),
+)
+_ONE_CHUNK = (
+    Step("now", "daemon: deltaspace and digest are parsed"),
+    Step("decrypt", "daemon: the table: nobody holds it; room is reserved"),
+    Step("decrypt, done", "daemon: memory file, decryption, seals; a descriptor of its own"),
+    Step("announce", "daemon: back in the call"),
+)
+_MANY_CHUNKS = (
+    Step("now", "daemon: deltaspace and digest are parsed"),
+    Step("now, done", "daemon: the table: nobody holds it"),
+    Step("decrypt", "daemon: a worker thread is woken up; room is reserved"),
+    Step("decrypt, done", "daemon: memory file, decryption, seals; a descriptor of its own"),
+    Step("announce", "daemon: the event loop wakes up for what the thread did"),
+)
+_SENDING = (
     Step("announce, done", "daemon: the descriptor is sent (SCM_RIGHTS)"),
     Step("Lookup, done", "daemon: its own descriptor is closed"),
+)
+# the daemon's send wakes the client up, which may be done before the daemon's call returns
+_ANSWERED_OVER_GRPC = (
     Step("relay out", "daemon: gRPC makes the answer; the event loop wakes up for it"),
-    # the daemon's send wakes the client up, which may be done before the daemon's call returns
     Step(
         "call, done", "daemon: the relay passes it on; client: gRPC receives it, the caller wakes"
     ),
-    Step("take, done", "client: the descriptor is received"),
+)
+_ANSWERED_ON_THE_SESSION = (
+    Step("call, done", "daemon: sends the answer; client: receives it and the descriptor"),
+)
+_AT_THE_CLIENT = (
+    Step("take, done", "client: the descriptor is taken"),
     Step("seals, done", "client: seals, type and size are checked (fcntl, fstat)"),
     Step("get, done", "client: the Reference is made"),
     Step("close, done", "client: it is closed"),
 )
-_DECRYPT = (
-    Step("decrypt", "daemon: nobody holds it: a worker thread is woken up"),
-    Step("decrypt, done", "daemon: memory file, decryption, seals"),
-    Step("announce", "daemon: the event loop wakes up for what the thread did"),
-)
 
 
-def _unheld_steps() -> tuple[Step, ...]:
-    at = next(number for number, step in enumerate(_HELD) if step.mark == "announce")
-    return (*_HELD[:at], *_DECRYPT, *_HELD[at + 1 :])
+def _steps(direct: bool, finding: Sequence[Step]) -> tuple[Step, ...]:
+    return (
+        Step("call", "client: arguments, the backend, the request message"),
+        *(_SENT_ON_THE_SESSION if direct else _SENT_OVER_GRPC),
+        *finding,
+        *_SENDING,
+        *(_ANSWERED_ON_THE_SESSION if direct else _ANSWERED_OVER_GRPC),
+        *_AT_THE_CLIENT,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv, "Measure where the time of a lookup goes.")
     with _traced(arguments.place) as (cache, client, daemon):
         data = memoryview(os.urandom(10 * MEGABYTE))
-        groups = [_held(cache, data, client, daemon)]
-        groups += [_unheld(cache, data, size, client, daemon) for size in _UNHELD_LOOKUPS]
+        direct = os.environ.get("DG_CACHE_TRANSPORT") == "direct"
+        groups = [_held(cache, data, client, daemon, _steps(direct, _SHARED))]
+        for size, finding in ((1, _ONE_CHUNK), (10, _MANY_CHUNKS)):
+            groups.append(_unheld(cache, data, size, client, daemon, _steps(direct, finding)))
     save(arguments.out, groups)
     return 0
 
@@ -111,15 +142,22 @@ def _marked_client(path: Path) -> Marks:
     return marks
 
 
-def _held(cache: ReferenceCache, data: memoryview, client: Marks, daemon: Marks) -> Group:
+def _held(
+    cache: ReferenceCache, data: memoryview, client: Marks, daemon: Marks, steps: Sequence[Step]
+) -> Group:
     sha256 = put(cache, data, 1)
     with cache.get("bench", "budget", sha256):
         lookups = _traces(_LOOKUPS, lambda: _look_up(cache, sha256), client, daemon)
-    return _group("where the time of a lookup goes, held", "held", lookups, _HELD)
+    return _group("where the time of a lookup goes, held", "held", lookups, steps)
 
 
 def _unheld(
-    cache: ReferenceCache, data: memoryview, size: int, client: Marks, daemon: Marks
+    cache: ReferenceCache,
+    data: memoryview,
+    size: int,
+    client: Marks,
+    daemon: Marks,
+    steps: Sequence[Step],
 ) -> Group:
     sha256 = put(cache, data, size)
 
@@ -129,7 +167,7 @@ def _unheld(
 
     lookups = _traces(_UNHELD_LOOKUPS[size], once, client, daemon)
     title = f"where the time of a lookup goes, {size} MB that nobody holds"
-    return _group(title, f"{size} MB", lookups, _unheld_steps())
+    return _group(title, f"{size} MB", lookups, steps)
 
 
 def _look_up(cache: ReferenceCache, sha256: str) -> None:

@@ -17,8 +17,9 @@ from dgcache import ReferenceCache
 from dgcache_cli.bench.content_addressed import ContentAddressed
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
-_QUICK_COUNTS = (1, 8, 64)
+_QUICK_COUNTS = (1, 8, 32)
 _SIZES_MB = (1, 10, 100)
+_QUICK_SIZES_MB = (1, 10)
 _BUSY = 8
 _SECONDS_A_ROUND = 0.4
 _BUSY_P99_MS = 3.0
@@ -30,15 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the figures."""
     arguments = parse(argv, "Measure many clients of the daemon.")
     rounds = arguments.rounds
-    counts = COUNTS if rounds > 1 else _QUICK_COUNTS
+    counts, sizes = (COUNTS, _SIZES_MB) if rounds > 1 else (_QUICK_COUNTS, _QUICK_SIZES_MB)
     data = memoryview(os.urandom(max(_SIZES_MB) * MEGABYTE))
     directory = arguments.place / "directory"
     directory.mkdir(mode=0o700)
+    if arguments.busy_only:
+        with connected() as cache, running_clients(_BUSY, directory) as clients:
+            save(arguments.out, [busy(cache, clients, data, rounds)])
+        return 0
     with connected() as cache, running_clients(max(counts), directory) as clients:
         groups = [
             busy(cache, clients, data, rounds),
             together(cache, clients, data, max(counts), rounds),
-            scaling(cache, clients, data, counts, arguments.place),
+            scaling(cache, clients, data, counts, sizes, arguments.place),
         ]
     save(arguments.out, groups)
     return 0
@@ -104,6 +109,7 @@ def scaling(
     clients: Clients,
     data: memoryview,
     counts: Sequence[int],
+    sizes: Sequence[int],
     place: Path,
 ) -> Group:
     """Measure throughput and p99 by the number of clients, beside the plain directory."""
@@ -111,7 +117,7 @@ def scaling(
     files = ContentAddressed(place / "directory")
     figures: list[Figure] = []
     throughput, slowest = [], []
-    for size in _SIZES_MB:
+    for size in sizes:
         source.write_bytes(data[: size * MEGABYTE])
         files.write_ref("bench", "app", source)
         sha256 = put(cache, data, size)

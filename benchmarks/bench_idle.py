@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.bench_figures import Figure
 
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 3.0
 
 
 def wakeups(pid: int, seconds: float) -> Counter[str]:

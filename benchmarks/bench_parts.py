@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -41,13 +42,16 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
     groups: list[Group] = []
     nowhere = site.environment(site.place / "nowhere")
     with site.show.step("the daemon, through the SDK"), site.daemon(programs) as (_, reached):
-        groups += site.figures(reached, programs, "bench_daemon")[1]
+        for transport in ("direct", "grpc"):
+            groups += _over(transport, site, reached, programs, "bench_daemon")
     with site.show.step("its peers"), site.daemon(programs) as (_, reached):
         stock = ("--stock", str(theirs / "python"))
-        versions, beside = site.figures(reached, programs, "bench_peers", *stock)
+        direct = {**reached, "DG_CACHE_TRANSPORT": "direct"}
+        versions, beside = site.figures(direct, programs, "bench_peers", *stock)
         groups += beside
     with site.show.step("many clients"), site.daemon(programs) as (_, reached):
-        groups += site.figures(reached, programs, "bench_clients")[1]
+        groups += _over("grpc", site, reached, programs, "bench_clients", "--busy-only")
+        groups += _over("direct", site, reached, programs, "bench_clients")
     with site.show.step("whole processes"), site.daemon(programs) as (_, reached):
         groups += _processes(site, programs, reached)
     with site.show.step("idle daemons"):
@@ -61,12 +65,27 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
             1
         ]
     with site.show.step("a budget of one lookup"):
-        groups += site.figures(nowhere, programs, "bench_budget")[1]
+        for transport in ("direct", "grpc"):
+            groups += _over(transport, site, nowhere, programs, "bench_budget")
     if site.plan.complete:
         with site.show.step("the store, in one process"):
             few = max(1, site.rounds // 2)
             groups += site.figures(nowhere, programs, "bench_store", rounds=few)[1]
     return Chapter(f"cryptography {versions.cryptography}", versions, groups)
+
+
+def _over(
+    transport: str,
+    site: Site,
+    reached: Mapping[str, str],
+    programs: Path,
+    module: str,
+    *options: str,
+) -> Iterator[Group]:
+    """Measure with DG_CACHE_TRANSPORT set, and name it in the titles."""
+    environment = {**reached, "DG_CACHE_TRANSPORT": transport}
+    for group in site.figures(environment, programs, module, *options)[1]:
+        yield replace(group, title=f"{group.title} ({transport})")
 
 
 def older_chapter(site: Site, programs: Path) -> Chapter:

@@ -152,6 +152,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--largest", type=int, default=max(SIZES_MB), help="of the sizes, in MB")
     parser.add_argument("--stock", type=Path, help="a Python that has DeltaGlider 6.2.0")
     parser.add_argument("--place", type=Path, help="a private directory for files")
+    parser.add_argument("--busy-only", action="store_true", help="of many clients, the 8 busy ones")
     arguments = parser.parse_args(argv)
     arguments.sizes = [size for size in SIZES_MB if size <= arguments.largest]
     return arguments

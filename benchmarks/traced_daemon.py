@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.trace_marks import Marks, both
 
 DAEMON_POINTS = both(
-    "relay in", "relay out", "intercept", "admit", "Lookup", "shared", "decrypt", "announce"
+    "relay in", "relay out", "intercept", "admit", "packet", "Lookup", "now", "decrypt", "announce"
 )
 
 
@@ -18,16 +18,17 @@ def main() -> int:
     """Put the wrappers on and be the daemon."""
     marks = Marks(Path(sys.argv[1]), DAEMON_POINTS)
     from dgcache_core.memory_store import MemoryStore
-    from dgcached import admission, listener, service, sessions
+    from dgcached import admission, direct_calls, listener, service, sessions
     from dgcached.main import main as serve
 
-    marks.around(listener._Outer, "data_received", "relay in")
-    marks.around(listener._Inner, "data_received", "relay out")
+    marks.around(listener._Outer, "_received", "relay in")
+    marks.around(listener._Inner, "_received", "relay out")
     marks.around_coroutine(admission.AdmissionInterceptor, "intercept_service", "intercept")
     marks.around(admission.AdmissionInterceptor, "_admit", "admit")
     marks.around_coroutine(service.CacheService, "Lookup", "Lookup")
-    marks.around(MemoryStore, "lookup_shared", "shared")
-    marks.around(MemoryStore, "lookup", "decrypt")
+    marks.around(direct_calls.DirectCalls, "take", "packet")
+    marks.around(MemoryStore, "lookup_now", "now")
+    marks.around(MemoryStore, "_opened_handout", "decrypt")
     marks.around(sessions.Session, "send_descriptor", "announce")
     return serve([])
 
