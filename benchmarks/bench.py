@@ -1,7 +1,7 @@
 """Measures everything docs/performance.md and docs/implementations.md say, and writes them.
 
 `make bench` runs it, in less than ten minutes; `python -m benchmarks.bench --quick` takes less
-than 90 seconds, with fewer rounds, sizes up to 100 MB, one cryptography, and without the comparison
+than 90 seconds, with fewer rounds, sizes and clients, one cryptography, and without the comparison
 of implementations. The store, the daemon, its peers, its memory and its absence are measured by
 programs of their own, in the project's environment and in part once more in DeltaGlider's, which
 has an older cryptography. Everything is in one private directory below `.demo/` in the clone and
@@ -59,8 +59,8 @@ QUICK = Plan(
     complete=False,
 )
 _LEFT_OUT = (
-    "This was a quick run: few rounds, no 500 MB, neither the store alone nor DeltaGlider's "
-    "cryptography nor other implementations; `make bench` measures all."
+    "This was a quick run: few rounds, no 500 MB, 32 clients at the most, neither the store alone "
+    "nor DeltaGlider's cryptography nor other implementations; `make bench` measures all."
 )
 _NEEDED_BYTES = 6 << 30
 _STEPS_OF_A_CHAPTER = 9

@@ -22,6 +22,7 @@ _SIZES_MB = (1, 10, 100)
 _QUICK_SIZES_MB = (1, 10)
 _BUSY = 8
 _SECONDS_A_ROUND = 0.4
+_QUICK_SECONDS = 0.2
 _BUSY_P99_MS = 3.0
 _MOST_MB_AT_ONCE = 1600
 _BUSY_P50_MS = 1.0
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the figures."""
     arguments = parse(argv, "Measure many clients of the daemon.")
     rounds = arguments.rounds
-    counts, sizes = (COUNTS, _SIZES_MB) if rounds > 1 else (_QUICK_COUNTS, _QUICK_SIZES_MB)
+    complete = rounds > 1
+    counts, sizes = (COUNTS, _SIZES_MB) if complete else (_QUICK_COUNTS, _QUICK_SIZES_MB)
+    seconds = _SECONDS_A_ROUND if complete else _QUICK_SECONDS
     data = memoryview(os.urandom(max(_SIZES_MB) * MEGABYTE))
     directory = arguments.place / "directory"
     directory.mkdir(mode=0o700)
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = [
             busy(cache, clients, data, rounds),
             together(cache, clients, data, max(counts), rounds),
-            scaling(cache, clients, data, counts, sizes, arguments.place),
+            scaling(cache, clients, data, counts, sizes, seconds, arguments.place),
         ]
     save(arguments.out, groups)
     return 0
@@ -110,6 +113,7 @@ def scaling(
     data: memoryview,
     counts: Sequence[int],
     sizes: Sequence[int],
+    seconds: float,
     place: Path,
 ) -> Group:
     """Measure throughput and p99 by the number of clients, beside the plain directory."""
@@ -127,7 +131,7 @@ def scaling(
             for name, what in (("dg-cached", "reads"), ("directory, SHA-256 at use", "directory")):
                 if what == "directory" and count * size > _MOST_MB_AT_ONCE:
                     continue  # each of them reads the whole file into memory to hash it
-                answer = clients.do(what, sha256, clients=count, seconds=_SECONDS_A_ROUND)
+                answer = clients.do(what, sha256, clients=count, seconds=seconds)
                 _require_none(answer)
                 rate = len(answer.milliseconds) * size / 1000 / answer.seconds
                 worst = percentile(answer.milliseconds, 0.99)

@@ -50,7 +50,8 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
         versions, beside = site.figures(direct, programs, "bench_peers", *stock)
         groups += beside
     with site.show.step("many clients"), site.daemon(programs) as (_, reached):
-        groups += _over("grpc", site, reached, programs, "bench_clients", "--busy-only")
+        if site.plan.complete:
+            groups += _over("grpc", site, reached, programs, "bench_clients", "--busy-only")
         groups += _over("direct", site, reached, programs, "bench_clients")
     with site.show.step("whole processes"), site.daemon(programs) as (_, reached):
         groups += _processes(site, programs, reached)
@@ -187,7 +188,7 @@ def _idle(site: Site, programs: Path) -> Group:
             taken.append(resident_megabytes(pid))
     seconds = site.plan.idle_seconds
     with site.daemon(programs) as (pid, reached):
-        empty = wakeups(pid, seconds)
+        empty = wakeups(pid, seconds) if site.plan.complete else None
         one = site.place / "idle.bin"
         one.write_bytes(os.urandom(MEGABYTE))
         site.run(reached, str(programs / "dg-cache"), "put", "s3://bench/idle", str(one))
@@ -200,7 +201,7 @@ def _idle(site: Site, programs: Path) -> Group:
         "last call: a thread that sleeps, wakes and sleeps again adds one",
         [
             of("memory", taken, "MB", at_most=_IDLE_MB),
-            *_woken("empty", empty, seconds),
+            *(_woken("empty", empty, seconds) if empty is not None else ()),
             *_woken("with 1 MB that nobody holds", full, seconds),
         ],
     )
