@@ -13,7 +13,7 @@ from benchmarks.bench_figures import MEGABYTE, Figure, Group, of, resident_megab
 from benchmarks.bench_store import parse
 from dgcache import ReferenceCache
 
-_SETS = ((50, 10), (10, 50), (5, 100))
+_SETS = ((50, 10), (10, 50), (5, 100))  # of so many MB each
 
 
 def main(argv: Sequence[str] | None = None) -> int:

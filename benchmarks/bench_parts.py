@@ -42,8 +42,9 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
     groups: list[Group] = []
     nowhere = site.environment(site.place / "nowhere")
     with site.show.step("the daemon, through the SDK"), site.daemon(programs) as (_, reached):
-        for transport in ("direct", "grpc"):
-            groups += _over(transport, site, reached, programs, "bench_daemon")
+        groups += _over("direct", site, reached, programs, "bench_daemon")
+        largest = () if site.plan.complete else ("--largest", "10")
+        groups += _over("grpc", site, reached, programs, "bench_daemon", *largest)
     with site.show.step("its peers"), site.daemon(programs) as (_, reached):
         stock = ("--stock", str(theirs / "python"))
         direct = {**reached, "DG_CACHE_TRANSPORT": "direct"}
@@ -66,8 +67,9 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
             1
         ]
     with site.show.step("a budget of one lookup"):
-        for transport in ("direct", "grpc"):
-            groups += _over(transport, site, nowhere, programs, "bench_budget")
+        groups += _over("direct", site, nowhere, programs, "bench_budget")
+        if site.plan.complete:
+            groups += _over("grpc", site, nowhere, programs, "bench_budget")
     if site.plan.complete:
         with site.show.step("the store, in one process"):
             few = max(1, site.rounds // 2)
