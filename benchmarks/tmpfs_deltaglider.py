@@ -1,13 +1,15 @@
 """`dg-cache deltaglider` with the best cache there could be: the reference is a file on tmpfs.
 
 `python -m benchmarks.tmpfs_deltaglider REFERENCE [ARGUMENT ...]`, in DeltaGlider's environment, is
-DeltaGlider's command line with a cache that always has REFERENCE and checks nothing. What
-`dg-cache deltaglider` takes more than this is what dg-cached costs.
+DeltaGlider's command line with a cache that always has REFERENCE and checks nothing; it begins and
+ends as `dg-cache` does. What `dg-cache deltaglider` takes more than this is what dg-cached costs.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
+
+from dgcache_cli.scripts import run_as_script
 
 
 class TmpfsCache:
@@ -59,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_script(main)
