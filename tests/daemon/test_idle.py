@@ -48,7 +48,7 @@ def stopped(daemon: Daemon, times: int) -> None:
 @pytest.mark.parametrize("transport", ["direct", "grpc"])
 def test_an_idle_daemon_wakes_up_at_most_once_a_second(hasty: Daemon, transport: str) -> None:
     """With a reference in it, over all threads; what it does once after a use is over by the last
-    of three windows."""
+    of five windows (a host that runs short of memory wakes it up, too)."""
     settings = Settings(socket_dir=hasty.directory, connect_timeout_ms=20_000, transport=transport)
     with dgcache.open(settings) as cache:
         cache.put("bucket", "prefix", b"reference")
@@ -57,7 +57,7 @@ def test_an_idle_daemon_wakes_up_at_most_once_a_second(hasty: Daemon, transport:
     if transport == "grpc":
         stopped(hasty, 1)
     windows = []
-    while len(windows) < 3 and (not windows or sum(windows[-1].values()) > WINDOW_SECONDS):
+    while len(windows) < 5 and (not windows or sum(windows[-1].values()) > WINDOW_SECONDS):
         windows.append(in_a_window(hasty))
     assert sum(windows[-1].values()) <= WINDOW_SECONDS, windows
 
