@@ -210,7 +210,8 @@ class Blob:
 
 def blob_of(daemon: Daemon, data: bytes) -> Blob:
     """Find where the daemon has the sealed blob of some bytes: by the digest in its header."""
-    start = Frame(len(data), 0, 0).pack()[:20]  # magic, version, algorithm, chunk size, size
+    frame = Frame(len(data), 0, 0)
+    start = frame.pack()[:20]  # magic, version, algorithm, chunk size, size
     found = []
     for mapping in mappings(daemon.pid):
         if not {"rd", "wr"} <= mapping.flags:
@@ -218,9 +219,11 @@ def blob_of(daemon: Daemon, data: bytes) -> Blob:
         memory, at = read_memory(daemon.pid, mapping), -1
         while (at := memory.find(sha256(data), at + 1)) >= 0:
             header = at - (HEADER_BYTES - 32)
-            # a blob begins with a page; what the heap has is a header that was looked at
-            if header >= 0 and header % PAGESIZE == 0 and memory.startswith(start, header):
-                found.append(Blob(daemon.pid, mapping.start + header, Frame(len(data), 0, 0)))
+            # a blob begins with a page and is whole; the heap has headers that were looked at, of
+            # which one in a few hundred begins with a page as well
+            whole = 0 <= header <= len(memory) - frame.sealed_bytes
+            if whole and header % PAGESIZE == 0 and memory.startswith(start, header):
+                found.append(Blob(daemon.pid, mapping.start + header, frame))
     (blob,) = found
     return blob
 
