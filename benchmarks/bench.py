@@ -59,8 +59,9 @@ QUICK = Plan(
     complete=False,
 )
 _LEFT_OUT = (
-    "This was a quick run: few rounds, no 500 MB, 32 clients at the most, neither the store alone "
-    "nor DeltaGlider's cryptography nor other implementations; `make bench` measures all."
+    "This was a quick run: few rounds, no 500 MB, peers up to 10 MB, 32 clients at the most, "
+    "neither the store alone nor DeltaGlider's cryptography nor other implementations; "
+    "`make bench` measures all."
 )
 _NEEDED_BYTES = 6 << 30
 _STEPS_OF_A_CHAPTER = 9

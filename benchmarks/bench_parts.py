@@ -48,7 +48,7 @@ def environment_chapter(site: Site, programs: Path, theirs: Path) -> Chapter:
     with site.show.step("its peers"), site.daemon(programs) as (_, reached):
         stock = ("--stock", str(theirs / "python"))
         direct = {**reached, "DG_CACHE_TRANSPORT": "direct"}
-        versions, beside = site.figures(direct, programs, "bench_peers", *stock)
+        versions, beside = site.figures(direct, programs, "bench_peers", *stock, *largest)
         groups += beside
     with site.show.step("many clients"), site.daemon(programs) as (_, reached):
         if site.plan.complete:
