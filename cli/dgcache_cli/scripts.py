@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
@@ -29,7 +28,9 @@ def run_as_script(command: Callable[[], int]) -> NoReturn:
     if threading.active_count() > 1:
         sys.exit(status)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or none
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
+    except (OSError, ValueError):  # a full disk, a closed stream: Python tells it, or does not
+        sys.exit(status)
     os._exit(status & 0xFF)  # as exit(3) has it

@@ -5,6 +5,7 @@ splice(2) from a file, the daemon hashes and keeps one copy of its own.
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,12 @@ def lend_pages(pipe: int, data: memoryview) -> int:
         return os.write(pipe, data)
     with _address_of(data) as address:
         sent: int = vmsplice(pipe, ctypes.byref(_Iovec(address, data.nbytes)), 1, _NONBLOCK)
-    if sent < 0:
-        number = ctypes.get_errno()
+    if sent >= 0:
+        return sent
+    number = ctypes.get_errno()
+    if number in (errno.EAGAIN, errno.EPIPE):
         raise OSError(number, os.strerror(number))
-    return sent
+    return os.write(pipe, data)  # some kernels and sandboxes refuse the call
 
 
 @contextmanager

@@ -434,6 +434,25 @@ def test_a_daemon_that_does_not_answer_is_not_called_absent(shell: Shell) -> Non
         os.kill(pid, signal.SIGCONT)
 
 
+def test_output_that_is_lost_is_told_at_the_end(tmp_path: Path) -> None:
+    """By Python itself, with its status 120, also where nobody flushed before."""
+    body = (
+        "from dgcache_cli.scripts import run_as_script; run_as_script(lambda: print('lost') or 0)"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", body],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 120
+    assert "No space left" in done.stderr
+
+
 def test_the_script_ends_as_python_would(tmp_path: Path) -> None:
     """Exit functions ran, what they print arrived in a pipe, and the status is the command's."""
     body = (

@@ -1,5 +1,7 @@
 """A pipe reads the very bytes that were lent, whatever kind of buffer they are in."""
 
+import ctypes
+import errno
 import os
 from collections.abc import Iterator
 
@@ -11,10 +13,18 @@ from dgcache.lending import lend_pages
 SIZE = 40_000
 
 
-@pytest.fixture(params=["vmsplice", "copied"])
+def refuse(*_: object) -> int:
+    """Fail as a sandbox without this system call does."""
+    ctypes.set_errno(errno.ENOSYS)
+    return -1
+
+
+@pytest.fixture(params=["vmsplice", "refused", "copied"])
 def pipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A pipe of 64 KiB whose writer does not block; with and without vmsplice(2)."""
-    if request.param == "copied":
+    if request.param == "refused":
+        monkeypatch.setattr(lending, "_vmsplice", lambda: refuse)
+    elif request.param == "copied":
         monkeypatch.setattr(lending, "_vmsplice", lambda: None)
     ends = list(os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     yield ends
