@@ -6,13 +6,12 @@ import secrets
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.processes import last_words
-from benchmarks.testbed import ROOT, TestbedError, end_process
+from benchmarks.processes import last_words, leashed
+from benchmarks.testbed import TestbedError, end_process
 
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
@@ -28,19 +27,8 @@ def running_daemon(
         TestbedError: it does not say that it is ready in time; its log is in the message.
     """
     with _notifications() as (listener, address), log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.leash"),
-                str(os.getpid()),
-                str(program),
-                *arguments,
-            ],
-            env={**environment, "NOTIFY_SOCKET": address},
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
+        process = leashed(
+            [str(program), *arguments], output, {**environment, "NOTIFY_SOCKET": address}
         )
         try:
             _wait_until_ready(process, listener, log)

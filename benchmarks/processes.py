@@ -15,11 +15,14 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from benchmarks.testbed import ROOT
 from dgcache_cli.bench.interruption import Interruption
 
 KIBIBYTE = 1 << 10
@@ -86,6 +89,24 @@ def run(
             f"{_shown(command)} ended with status {process.returncode}: {last_words(log)}"
         )
     return Measured(took, usage.ru_maxrss * KIBIBYTE)
+
+
+def leashed(
+    command: Sequence[str], output: IO[bytes], environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a server that ends with this process, its output in a file; it is the caller's to end.
+
+    By default it has this process's environment.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.leash", str(os.getpid()), *command],
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
 
 
 def last_words(log: Path) -> str:

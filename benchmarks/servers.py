@@ -9,13 +9,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.processes import last_words
-from benchmarks.testbed import ROOT, TestbedError, end_process
+from benchmarks.processes import last_words, leashed
+from benchmarks.testbed import TestbedError, end_process
 
 START_SECONDS = 15.0
 STOP_SECONDS = 10.0
@@ -58,14 +57,7 @@ def running_memcached(program: str, place: Path, megabytes: int) -> Iterator[Pat
 @contextlib.contextmanager
 def _running(command: list[str], address: Path, log: Path) -> Iterator[None]:
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.leash", str(os.getpid()), *command],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+        process = leashed(command, output)
     try:
         _wait_until_it_listens(process, address, log)
         yield
